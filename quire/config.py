@@ -1,0 +1,119 @@
+"""The user's wishes for one engine, frozen as given. What the machine can really do is the `Plan` (quire/plan).
+
+Names and defaults are vLLM's. This room knows no torch and reads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from quire.errors import ConfigError, did_you_mean
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
+POLICIES = ("fcfs", "priority")
+AUTO = "auto"
+MAX_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine's options. None means "not said": the preset, the plan or the model decides."""
+
+    model: str
+    """A folder in Hugging Face layout, a hub id, or `quire-tiny` (shipped with the package)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, if it is not the model's."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of model and tokenizer."""
+    dtype: str = AUTO
+    """Type of weights and activations; auto keeps the checkpoint's (float16 becomes bfloat16 on CPU)."""
+    seed: int = 0
+    """Source of the seeds of requests that name none."""
+    max_model_len: int | str | None = None
+    """Longest sequence in tokens, prompt and output together; auto: as long as memory allows."""
+    max_num_seqs: int | None = None
+    """Most sequences in one step."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one step: the size of a prefill chunk."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    gpu_memory_utilization: float | None = None
+    """Share of the device's memory (on CPU: of the memory that machine and cgroup have free) that the engine may use."""
+    kv_cache_memory_bytes: int | None = None
+    """Exact size of the KV cache; overrides the share above."""
+    num_gpu_blocks_override: int | None = None
+    """Exact number of KV blocks; overrides both, mostly for tests."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV blocks of equal prefixes."""
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one prompt in one step; 0 is no limit but the step's."""
+    scheduling_policy: str = "fcfs"
+    """fcfs, or priority (lower value first, then arrival)."""
+    max_logprobs: int = 20
+    """Most alternatives a request may ask for; -1 is no limit."""
+    generation_config: str = AUTO
+    """auto: sampling defaults from the model's generation_config.json; vllm: neutral defaults."""
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling defaults that win over the model's."""
+    chat_template: str | None = None
+    """A jinja template (text or the path of a file) instead of the model's."""
+    preset: str | None = None
+    """A scenario of `quire presets`."""
+    threads: int | None = None
+    """Compute threads; None: as many as cores are usable."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every layer."""
+    pipeline_parallel_size: int = 1
+    """Ranks that take consecutive layers."""
+    quantization: str | None = None
+    """Quantize at load, or the checkpoint's own method."""
+    disable_log_stats: bool = False
+    """Do not log throughput and cache use every ten seconds."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError("model must be a folder, a hub id or quire-tiny, got an empty value.")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
+        if self.max_model_len not in (None, AUTO, -1):
+            _whole("max_model_len", self.max_model_len, 1)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "num_gpu_blocks_override", "threads"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        _whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        if 128 % self.block_size:
+            # KV is read in fixed spans of 128 tokens (exactness), so a block must divide one.
+            raise ConfigError(f"block_size must divide 128, got {self.block_size}. Use 16.")
+        _whole("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _whole("max_logprobs", self.max_logprobs, -1)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            _whole(name, getattr(self, name), 1)
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} must be 1, got {getattr(self, name)}: ranks are not built yet.")
+        if self.quantization is not None:
+            raise ConfigError(f"quantization must be unset, got {self.quantization!r}: quantized weights are not built yet.")
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineConfig:
+        """A config from keyword options; an unknown one is an error that suggests the nearest name."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}.{did_you_mean(name, known)}")
+        return cls(**options)
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{did_you_mean(str(value), choices)}")
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} must be a whole number {bounds}, got {value!r}.")
