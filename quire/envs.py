@@ -1,0 +1,36 @@
+"""Every environment variable that Quire reads, with its default. Read when asked, so that tests can change them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quire.errors import ConfigError
+
+
+def ops() -> str:
+    """QUIRE_OPS: which implementation of the operations runs; auto is the best that this machine can."""
+    return os.environ.get("QUIRE_OPS", "auto")
+
+
+def log_level() -> str:
+    """QUIRE_LOG_LEVEL: DEBUG, INFO, WARNING or ERROR."""
+    level = os.environ.get("QUIRE_LOG_LEVEL", "INFO").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError(f"QUIRE_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {level!r}.")
+    return level
+
+
+def api_key() -> str | None:
+    """QUIRE_API_KEY: the server's key if --api-key is not given."""
+    return os.environ.get("QUIRE_API_KEY") or None
+
+
+def offline() -> bool:
+    """HF_HUB_OFFLINE: never ask the hub (the same variable as huggingface_hub's)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cache_dir() -> Path:
+    """QUIRE_CACHE: where Quire keeps what can be made again."""
+    return Path(os.environ.get("QUIRE_CACHE") or Path.home() / ".cache" / "quire")

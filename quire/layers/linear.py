@@ -1,0 +1,45 @@
+"""The one Linear of Quire, with three sockets: `format`, `adapter` and `reduce`.
+
+Quantization, LoRA and tensor parallelism are set into a finished tree from outside; no model file mentions them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quire import ops
+
+Format = Callable[["Linear", Tensor], Tensor]
+Adapter = Callable[[Tensor, Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W [O, I], the layout of the checkpoint.
+
+    format: how W is stored and multiplied (None: dense). adapter: (x, y) -> y with the rows' LoRA products added.
+    reduce: y -> y summed over tensor-parallel ranks.
+    """
+
+    format: Format | None = None
+    adapter: Adapter | None = None
+    reduce: Reduce | None = None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x)
+        if self.adapter is not None:
+            y = self.adapter(x, y)
+        return y if self.reduce is None else self.reduce(y)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"

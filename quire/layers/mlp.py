@@ -1,0 +1,22 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from quire import ops
+from quire.layers.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, size: int, inner: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(size, inner, bias)
+        self.up_proj = Linear(size, inner, bias)
+        self.down_proj = Linear(inner, size, bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.gated_activation(self.gate_proj(x), self.up_proj(x), self.activation))

@@ -1,0 +1,142 @@
+"""The shared decoder: embedding, layers, final norm, head. A family's file overrides only what it does differently.
+
+Module names are the checkpoint's own, so that loading is a look-up. Nothing here knows quantization, LoRA, parallel ranks,
+requests or how a cache is managed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from quire.batch import Batch
+from quire.layers.attention import Attention, Rotation
+from quire.layers.embedding import Embedding
+from quire.layers.linear import Linear
+from quire.layers.mlp import GatedMLP
+from quire.layers.norm import RMSNorm
+from quire.layers.rope import Rope
+from quire.models.config import ModelConfig, RopeConfig
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = self.norm(config, config.hidden_size)
+        self.self_attn = self.attention(config, index)
+        self.post_attention_layernorm = self.norm(config, config.hidden_size)
+        self.mlp = self.feed_forward(config)
+
+    def norm(self, config: ModelConfig, size: int) -> nn.Module:
+        return RMSNorm(size, config.norm_eps)
+
+    def attention(self, config: ModelConfig, index: int, *, bias: bool | None = None) -> Attention:
+        """bias: of q, k, v; None: of all four as the configuration's `attention_bias` says."""
+        everywhere = bool(config.raw.get("attention_bias", False))
+        bias = everywhere if bias is None else bias
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        return Attention(
+            index,
+            heads,
+            kv_heads,
+            size,
+            q_proj=Linear(config.hidden_size, heads * size, bias),
+            k_proj=Linear(config.hidden_size, kv_heads * size, bias),
+            v_proj=Linear(config.hidden_size, kv_heads * size, bias),
+            o_proj=Linear(heads * size, config.hidden_size, everywhere),
+            window=config.layer_windows[index],
+        )
+
+    def feed_forward(self, config: ModelConfig) -> nn.Module:
+        bias = bool(config.raw.get("mlp_bias", False))
+        return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, batch)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Tokens [T] -> hidden rows [T, E]."""
+
+    layer: type[DecoderLayer] = DecoderLayer
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.layer(config, index) for index in range(config.num_layers))
+        self.norm = self.layers[0].norm(config, config.hidden_size)
+        self.ropes = {rope: None for rope in config.layer_ropes if rope is not None}
+
+    def embed(self, batch: Batch) -> Tensor:
+        return self.embed_tokens(batch.tokens)
+
+    def rotations(self, batch: Batch) -> dict[RopeConfig, Rotation]:
+        """The angles of this batch's positions, once for all layers that share them."""
+        return {rope: rotate(batch.positions) for rope, rotate in self._rotaries().items()}
+
+    def _rotaries(self) -> dict[RopeConfig, Rope]:
+        # Built on first use: a tree on the meta device has no tensors to compute with.
+        for rope, rotary in self.ropes.items():
+            if rotary is None:
+                self.ropes[rope] = Rope(rope)
+        return self.ropes
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embed(batch)
+        rotations = self.rotations(batch)
+        for layer, rope in zip(self.layers, self.config.layer_ropes, strict=True):
+            x = layer(x, rotations.get(rope), batch)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head. `model(batch)` gives hidden rows, `model.logits(rows)` float32 logits [R, V]."""
+
+    decoder: type[nn.Module] = Decoder
+    # The decoder's name in checkpoints, and in files saved from the bare decoder, where it is left out.
+    prefix = "model"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = self.decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.table.weight
+
+    @property
+    def table(self) -> Embedding:
+        """The token embedding that a tied head shares."""
+        return self.model.embed_tokens
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden rows [T, E], or [R, E] where the batch names the rows whose logits are wanted."""
+        hidden = self.model(batch)
+        return hidden if batch.logit_rows is None else hidden[batch.logit_rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    @classmethod
+    def checkpoint_names(cls, name: str) -> Iterable[str]:
+        """The parameter names that a tensor called `name` in a file may mean, likeliest first; none: not a parameter."""
+        if name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
+            return ()
+        return (name, f"{cls.prefix}.{name}")
+
+    @classmethod
+    def convert(cls, name: str, tensor: Tensor) -> Tensor:
+        """A file's tensor in this definition's layout (GPT-2 stores its matrices transposed)."""
+        del name
+        return tensor
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), or the logits as they are (Gemma 2)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,110 @@
+"""The list of operations: everything a model computes that is worth a kernel.
+
+Each name below exists under the same name and signature in every implementation (`reference` states the meaning; native
+and GPU kernels come beside it). All are pure functions of tensors: they know no model, no request and no scheduler.
+
+The contract that carries "same request, same bits": **row r of a result depends on row r of the input (and, for attention,
+on that row's own sequence) only** - never on the number of rows, on chunk borders or on the number of threads.
+
+Letters: T tokens, S sequences, H heads, K kv heads, D head size, N blocks, B block size, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quire.ops import autograd
+from quire.ops.select import selected
+
+OPERATIONS = (
+    "linear",
+    "embedding",
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "activation",
+    "gated_activation",
+    "write_kv",
+    "paged_attention",
+    "packed_attention",
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, I] times weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype. Differentiable."""
+    return autograd.linear(selected().linear, x, weight, bias)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows `ids` [T] of table [V, E]: [T, E]."""
+    return selected().embedding(ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, in float32 (Zhang & Sennrich 2019)."""
+    return selected().rms_norm(x, weight, eps, offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in float32."""
+    return selected().layer_norm(x, weight, bias, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, H, D] by angles cos, sin [T, R/2] in the half-split layout; dimensions past R <= D pass through."""
+    return selected().rope(x, cos, sin)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """silu | gelu | gelu_tanh | relu, elementwise, in float32."""
+    return selected().activation(x, kind)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """activation(gate) * up."""
+    return selected().gated_activation(gate, up, kind)
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Store k, v [T, K, D] at `slots` [T] (block * B + offset) of keys, values [N, B, K, D], in place."""
+    selected().write_kv(keys, values, k, v, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    starts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of q [T, H, D] over the cache: [T, H, D].
+
+    Rows starts[s]:starts[s+1] are the last ones of a sequence of lengths[s] tokens, whose keys lie in the blocks
+    block_tables[s] of keys, values [N, B, K, D]. window: each row sees itself and the window - 1 tokens before it.
+    softcap: scores become softcap * tanh(scores / softcap).
+    """
+    return selected().paged_attention(
+        q, keys, values, block_tables, starts, lengths, scale=scale, window=window, softcap=softcap
+    )
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention within each of the sequences laid end to end: q [T, H, D], k, v [T, K, D]. Differentiable.
+
+    Gives the same bits as `paged_attention` over the same tokens.
+    """
+    return autograd.packed_attention(selected().packed_attention, q, k, v, starts, scale, window, softcap)

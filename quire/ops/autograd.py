@@ -1,0 +1,110 @@
+"""Gradients of the operations that are not plain torch: forward by the selected kernels, so that training computes the
+same bits as serving; backward by whatever is fastest, since no promise rests on its order of summation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def linear(forward: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _wanted(x, weight, bias):
+        return _Linear.apply(forward, x, weight, bias)
+    return forward(x, weight, bias)
+
+
+def packed_attention(
+    forward: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if _wanted(q, k, v):
+        return _PackedAttention.apply(forward, q, k, v, starts, scale, window, softcap)
+    return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; dx = dy W, dW = dy^T x, db = sum dy."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            None,
+            grad @ weight if need_x else None,
+            grad.t() @ x if need_weight else None,
+            grad.sum(0) if need_bias else None,
+        )
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Saves q, k, v only; backward recomputes each sequence's scores (as FlashAttention does)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: tuple[int, ...],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.options = starts, scale, window, softcap
+        return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        starts, scale, window, softcap = ctx.options
+        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = torch.cat(
+                [
+                    _sequence_attention(*(t[start:end] for t in tensors), scale, window, softcap)
+                    for start, end in zip(starts, starts[1:], strict=False)
+                ]
+            )
+        return (None, *torch.autograd.grad(out, tensors, grad), None, None, None, None)
+
+
+def _sequence_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One sequence, q [T, H, D], k, v [T, K, D], by torch's own attention where it can."""
+    count = len(q)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    if softcap is None and (window is None or window >= count):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out[0].transpose(0, 1)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1).float() for t in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    rows = torch.arange(count, device=q.device)
+    distance = rows[:, None] - rows
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ v)[0].transpose(0, 1).to(q.dtype)

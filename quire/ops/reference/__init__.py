@@ -1,0 +1,18 @@
+"""The operations in plain torch: what each one means. Every other implementation is compared with this one."""
+
+from quire.ops.reference.attention import packed_attention, paged_attention, write_kv
+from quire.ops.reference.linear import linear
+from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
+
+__all__ = [
+    "activation",
+    "embedding",
+    "gated_activation",
+    "layer_norm",
+    "linear",
+    "packed_attention",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "write_kv",
+]

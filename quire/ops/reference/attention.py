@@ -1,0 +1,225 @@
+"""Causal attention over paged or packed keys with a fixed order of summation.
+
+Keys are read in spans of 128 positions counted from the start of the sequence; each query row folds the spans one by one
+into a running maximum, sum and output (Milakov & Gimelshein 2018; Dao 2022). A span that a row may not see changes
+nothing, to the bit: its weights are exactly 0 and its rescaling exactly 1. So a row's result depends on its position and
+its sequence only, wherever chunks begin or end.
+
+Query rows of one sequence are computed in tiles of fixed sizes (see `linear.py` for why, and for the trial).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPAN = 128
+TILE = 8
+OTHER_TILES = (64, 1)
+# Bounds the scratch memory: keys gathered for one product, in elements.
+MOST_GATHERED = 1 << 23
+
+Gather = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
+    values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    starts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    blocks_per_span = SPAN // keys.shape[1]
+    short = -block_tables.shape[1] % blocks_per_span
+    tables = torch.nn.functional.pad(block_tables, (0, short)) if short else block_tables
+
+    def gather(sequence: Tensor, _first: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        blocks = tables[sequence, span * blocks_per_span : (span + 1) * blocks_per_span]
+        return keys[blocks].flatten(1, 2), values[blocks].flatten(1, 2)
+
+    return _attend(q, keys.shape[2], starts, lengths, gather, scale, window, softcap)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    offsets = torch.arange(SPAN, device=q.device)
+
+    def gather(_sequence: Tensor, first: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        rows = (first[:, None] + span * SPAN + offsets).clamp_max(len(k) - 1)
+        return k[rows], v[rows]
+
+    lengths = tuple(end - start for start, end in zip(starts, starts[1:], strict=False))
+    return _attend(q, k.shape[1], starts, lengths, gather, scale, window, softcap)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Tiles of equal size. rows: [n, size] query rows (-1: padding); positions: [n, size] of those rows in their sequence;
+    sequence, first, length: [n] number, first row and context length of the sequence; lowest, highest: host positions."""
+
+    size: int
+    rows: Tensor
+    positions: Tensor
+    sequence: Tensor
+    first: Tensor
+    length: Tensor
+    lowest: tuple[int, ...]
+    highest: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _tiles_of(starts: tuple[int, ...], lengths: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Tiles]:
+    """Cut every sequence's rows into tiles, largest size first; what is left over is padded to TILE rows."""
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for sequence, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        while start < end:
+            left = end - start
+            size = next((size for size in sizes if size <= left and (size > 1 or left == 1)), TILE)
+            count = min(size, left)
+            groups.setdefault(size, []).append((sequence, start, count))
+            start += count
+    out = []
+    for size, tiles in groups.items():
+        rows = torch.tensor([[r if r < start + n else -1 for r in range(start, start + size)] for _, start, n in tiles])
+        sequence = torch.tensor([s for s, _, _ in tiles])
+        shift = [lengths[s] - starts[s + 1] for s, _, _ in tiles]
+        out.append(
+            _Tiles(
+                size=size,
+                rows=rows,
+                positions=torch.where(rows < 0, -1, rows + torch.tensor(shift)[:, None]),
+                sequence=sequence,
+                first=torch.tensor([starts[s] for s, _, _ in tiles]),
+                length=torch.tensor([lengths[s] for s, _, _ in tiles]),
+                lowest=tuple(start + move for (_, start, _), move in zip(tiles, shift, strict=True)),
+                highest=tuple(start + n - 1 + move for (_, start, n), move in zip(tiles, shift, strict=True)),
+            )
+        )
+    return out
+
+
+def _attend(
+    q: Tensor,
+    kv_heads: int,
+    starts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    gather: Gather,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    _, heads, size = q.shape
+    out = torch.zeros_like(q)
+    grouped = heads // kv_heads
+    for tiles in _tiles_of(starts, lengths, tile_sizes(grouped, size, torch.get_num_threads())):
+        most = max(1, MOST_GATHERED // (SPAN * kv_heads * size))
+        for start in range(0, len(tiles.rows), most):
+            part = slice(start, start + most)
+            rows = tiles.rows[part]
+            queries = q[rows.clamp_min(0)].float() * scale
+            # [n, tile, H, D] -> [n, K, grouped * tile, D]: the heads that share keys stand side by side
+            queries = queries.unflatten(2, (kv_heads, grouped)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            result = _fold_spans(queries, tiles, part, gather, window, softcap)
+            result = result.unflatten(2, (grouped, tiles.size)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            real = rows >= 0
+            out[rows[real]] = result[real].to(q.dtype)
+    return out
+
+
+def _fold_spans(
+    queries: Tensor, tiles: _Tiles, part: slice, gather: Gather, window: int | None, softcap: float | None
+) -> Tensor:
+    """queries [n, K, M, D], M = grouped * tile -> attention output of the same shape, float32."""
+    count, kv_heads, _, size = queries.shape
+    lowest, highest = tiles.lowest[part], tiles.highest[part]
+    positions, lengths = tiles.positions[part], tiles.length[part]
+    best = queries.new_full(queries.shape[:3], -torch.inf)
+    total = queries.new_zeros(queries.shape[:3])
+    out = torch.zeros_like(queries)
+    for span in range(max(highest) // SPAN + 1):
+        begin, end = span * SPAN, (span + 1) * SPAN
+        seen = [
+            n
+            for n in range(count)
+            if highest[n] >= begin and (window is None or lowest[n] - window + 1 < end)
+        ]
+        if not seen:
+            continue
+        pick = torch.tensor(seen) if len(seen) < count else slice(None)
+        k, v = gather(tiles.sequence[part][pick], tiles.first[part][pick], span)
+        key_positions = torch.arange(begin, end)
+        # What lies beyond a sequence's end is another's, or stale: never let it into a product.
+        stale = (key_positions >= lengths[pick][:, None])[:, :, None, None]
+        k, v = k.float().masked_fill(stale, 0).permute(0, 2, 3, 1), v.float().masked_fill(stale, 0).permute(0, 2, 1, 3)
+        scores = _product(queries[pick], k)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = positions[pick][:, :, None] - key_positions
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        hidden = hidden.repeat(1, queries.shape[2] // tiles.size, 1)[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        old = best[pick]
+        new = torch.maximum(old, scores.amax(-1))
+        safe = new.masked_fill(new == -torch.inf, 0)
+        weights = torch.exp(scores - safe[..., None])
+        fade = torch.exp(old - safe)
+        best[pick] = new
+        total[pick] = total[pick] * fade + weights.sum(-1)
+        out[pick] = out[pick] * fade[..., None] + _product(weights, v)
+    return out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[n, K, M, I] times [n, K, I, O], each of the n * K products by itself."""
+    count, heads = left.shape[:2]
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (count, heads))
+
+
+@functools.cache
+def tile_sizes(grouped: int, size: int, threads: int) -> tuple[int, ...]:
+    """The tile sizes, largest first, whose two products agree bit for bit with those of TILE rows."""
+    del threads  # part of the key: a BLAS may split its work by it
+    generator = torch.Generator().manual_seed(size * 31 + grouped)
+    rows = max(OTHER_TILES)
+    queries = torch.randn(1, rows, grouped, size, generator=generator)
+    k = torch.randn(1, 1, size, SPAN, generator=generator)
+    v = torch.randn(1, 1, SPAN, size, generator=generator)
+
+    def both(tile: Tensor) -> tuple[Tensor, Tensor]:
+        count = tile.shape[1]
+        scores = _product(tile.permute(0, 2, 1, 3).reshape(1, 1, grouped * count, size), k)
+        values = _product(torch.exp(scores - scores.amax(-1, keepdim=True)), v)
+        return tuple(x.view(grouped, count, -1).transpose(0, 1) for x in (scores, values))
+
+    expected = [torch.cat(parts) for parts in zip(*map(both, queries.split(TILE, 1)), strict=True)]
+    agreeing = [
+        candidate
+        for candidate in OTHER_TILES
+        if all(
+            torch.equal(torch.cat(parts), whole)
+            for parts, whole in zip(zip(*map(both, queries.split(candidate, 1)), strict=True), expected, strict=True)
+        )
+    ]
+    return tuple(sorted([*agreeing, TILE], reverse=True))
