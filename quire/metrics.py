@@ -1,8 +1,8 @@
-"""Counters, gauges and histograms of one engine and its server, under vLLM's Prometheus names so that its dashboards work.
+"""Counters, gauges and histograms of one engine and its server, under vLLM's names so that its dashboards work.
 
-This room imports nothing of Quire and starts no server: the engine thread and the event loop call small typed methods, and
-`render()` gives the exposition text. A scrape reads these numbers only, it never waits for the engine thread. Label values
-come from fixed sets (reasons, endpoints, the served model), never from what a client sent, so their number is bounded.
+This room imports nothing of Quire and starts no server: the engine thread and the event loop call small typed methods,
+and `render()` gives the exposition text. A scrape reads these numbers only, it never waits for the engine thread. Label
+values come from fixed sets (reasons, endpoints, the served model), never from what a client sent, so they are bounded.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queued_requests", "queued_tokens", "key_concurrency", "draining", "not_ready")
 
 _FIRST_TOKEN = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
-    2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
 )  # fmt: skip
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _REQUEST = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
 )  # fmt: skip
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _SAMPLES = (1, 2, 5, 10, 20)
@@ -64,14 +65,14 @@ class Metrics:
         self._build(model_name)
 
     def rename(self, model_name: str) -> None:
-        """Label everything with the name that the server gives the model. Counters begin anew, so call it before serving."""
+        """Label everything with the name that the server gives the model. Counters begin anew: call it first."""
         self._build(model_name)
         for name, text, read in self._sources:
             self._add_source(name, text, read)
         if self._cache_config:
             self.set_cache_config(**self._cache_config)
 
-    # -- called by the engine thread ------------------------------------------------------------------------------------
+    # called by the engine thread
 
     def observe_step(
         self,
@@ -86,7 +87,7 @@ class Metrics:
         prompt_tokens: int = 0,
         generation_tokens: int = 0,
     ) -> None:
-        """After one step. Everything from `preemptions` on is what was added since the last call; `kv_usage` is in [0, 1].
+        """After one step. All from `preemptions` on is what was added since the last call; `kv_usage` is in [0, 1].
 
         prompt_tokens: tokens of prompts whose last chunk was computed in this step; generation_tokens: tokens sampled.
         """
@@ -143,7 +144,7 @@ class Metrics:
         )
         gauge.labels(engine="0", **labels).set(1)
 
-    # -- called by the server -------------------------------------------------------------------------------------------
+    # called by the server
 
     def reject(self, reason: str) -> None:
         """A request was refused before any work was done; `reason` is one of REJECTIONS."""
@@ -167,7 +168,7 @@ class Metrics:
         labels = {"model_name": self.model_name, "engine": "0", **labels}
         return self._registry.get_sample_value(name, labels) or 0.0
 
-    # -- construction ---------------------------------------------------------------------------------------------------
+    # construction
 
     def _build(self, model_name: str) -> None:
         self.model_name = model_name
