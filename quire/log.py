@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from quire import envs
 
@@ -24,3 +27,19 @@ def setup(level: str | None = None) -> None:
         handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for long work: yields `advance(amount)`. On a terminal a live bar, elsewhere nothing but the final line."""
+    start = time.monotonic()
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+    else:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda amount: bar.advance(task, amount)
+    logger(__name__).info("%s took %.2f s", title, time.monotonic() - start)
