@@ -1,0 +1,155 @@
+"""From a batch of logits to one token per row: the steps in their order, and nothing else.
+
+    raw log-probabilities (only where asked)            logprobs.py
+    allowed ids and grammar mask                        processors.py
+    bad words, min_tokens, logit_bias                   processors.py
+    repetition, then frequency and presence penalties   penalties.py
+    (temperature 0: the largest logit, lowest id among equals, and done)
+    temperature, min_p, top_k, top_p                    filters.py
+    draw                                                draw.py
+
+A row's token and log-probability depend on that row's logits and on its `SamplingRow`, bit for bit: not on the other rows,
+the row's place, their number, or the number of threads. A row that holds NaN or infinity, or whose every token is forbidden,
+is reported as corrupted and touches no other row.
+
+This file knows no engine: who draws seeds, who ends requests and what a token means are others' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quire.sampling import filters, penalties, processors
+from quire.sampling.blocks import best, block_masses, pad_to_blocks
+from quire.sampling.draw import draw_in_token_order, uniform
+from quire.sampling.logprobs import best_tokens, token_logprobs
+from quire.sampling.rows import SampledRow, SamplingRow
+
+# Rows are worked off in pieces of about this many logits: a piece's buffers then stay within what malloc keeps (32 MiB)
+# instead of being mapped anew for each operation, which on CPU costs more than the arithmetic.
+PIECE = 2**22
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow]:
+    """One token for each row of logits [R, V], of any float dtype; the logits are left as they are."""
+    assert len(rows) == len(logits)
+    drawn: list[SampledRow] = []
+    for piece in _pieces(logits):
+        drawn += _sample_piece(logits[piece].float(), rows[piece])
+    return drawn
+
+
+@torch.inference_mode()
+def score(logits: Tensor, targets: Sequence[int], count: int) -> list[SampledRow]:
+    """Raw log-probability, rank and the `count` best alternatives (-1 is all) of given tokens, one per row of logits [R, V]."""
+    assert len(targets) == len(logits)
+    scored: list[SampledRow] = []
+    for piece in _pieces(logits):
+        raw = logits[piece].float()
+        rows = [SampledRow(token) if sound else SampledRow(token, corrupted=True) for token, sound in zip(targets[piece], _sound(raw), strict=True)]
+        scored += _with_logprobs(raw, rows, [count] * len(rows))
+    return scored
+
+
+@torch.inference_mode()
+def top_candidates(logits: Tensor, count: int, temperature: float = 0.0) -> list[tuple[tuple[int, float], ...]]:
+    """The `count` most likely (id, log-probability) of each row of logits [R, V], best first, ties by lowest id; for beam search.
+
+    A temperature other than 0 (off) divides the logits first. A corrupted row gives ().
+    """
+    found: list[tuple[tuple[int, float], ...]] = []
+    for piece in _pieces(logits):
+        raw = logits[piece].float()
+        tempered = raw / max(temperature, filters.LEAST_TEMPERATURE) if temperature else raw
+        tops = best_tokens(tempered, torch.log_softmax(tempered, dim=-1), count)
+        found += [top if sound else () for top, sound in zip(tops, _sound(tempered), strict=True)]
+    return found
+
+
+def _sample_piece(raw: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow]:
+    shaped = _shape(raw, rows)
+    padded = pad_to_blocks(shaped)
+    peak, choice = best(padded)
+    sound = peak.isfinite() if shaped is raw else peak.isfinite() & raw.amax(-1).isfinite()
+    is_sound = sound.tolist()
+    random = [index for index, row in enumerate(rows) if is_sound[index] and row.params.temperature != 0.0]
+    if random:
+        part = torch.tensor(random, device=raw.device)
+        whole = len(random) == len(rows)  # then indexing would only copy
+        choice[part] = _draw(padded if whole else padded[part], peak[part], [rows[index] for index in random])
+    chosen = [
+        SampledRow(token) if intact else SampledRow(0, corrupted=True)
+        for token, intact in zip(choice.tolist(), is_sound, strict=True)
+    ]
+    return _with_logprobs(raw, chosen, [row.params.logprobs for row in rows])
+
+
+def _shape(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """The logits [R, V] after masks, bias and penalties; `raw` itself where no row asks for any."""
+    if not any(processors.changes_candidates(row) or penalties.has_penalties(row) for row in rows):
+        return raw
+    logits = raw.clone()
+    processors.mask_to_allowed(logits, rows)
+    processors.mask_bad_words(logits, rows)
+    processors.mask_early_stops(logits, rows)
+    processors.add_logit_bias(logits, rows)
+    penalties.penalize_repetition(logits, rows)
+    penalties.penalize_frequency_and_presence(logits, rows)
+    return logits
+
+
+def _draw(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Token ids [R] for rows of temperature above 0: padded logits [R, N] and their largest [R]."""
+
+    def numbers(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device)
+
+    weights = filters.temper(logits, peak, numbers([row.params.temperature for row in rows], torch.float32))
+    if any(row.params.min_p > 0.0 for row in rows):
+        filters.drop_below_min_p(weights, numbers([row.params.min_p for row in rows], torch.float32))
+    masses = block_masses(weights)
+    uniforms = numbers([uniform(row.seed, row.position) for row in rows], torch.float64)
+    top_k = numbers([row.params.top_k for row in rows], torch.int64)
+    top_p = numbers([row.params.top_p for row in rows], torch.float64)
+    tokens = torch.empty_like(top_k)
+    filtered = (top_k > 0) | (top_p < 1.0)
+    for part, is_filtered in ((filtered.nonzero().squeeze(1), True), ((~filtered).nonzero().squeeze(1), False)):
+        if not len(part):
+            continue
+        whole = len(part) == len(rows)
+        w = weights if whole else weights[part]
+        if is_filtered:
+            x = logits if whole else logits[part]
+            tokens[part] = filters.draw_filtered(x, w, masses[part, -1], top_k[part], top_p[part], uniforms[part])
+        else:
+            tokens[part] = draw_in_token_order(w, masses[part], uniforms[part])
+    return tokens
+
+
+def _with_logprobs(raw: Tensor, chosen: list[SampledRow], counts: Sequence[int | None]) -> list[SampledRow]:
+    """The rows with log-probability, rank and alternatives filled in where `counts` asks (not None) and the row is sound."""
+    asked = [index for index, row in enumerate(chosen) if counts[index] is not None and not row.corrupted]
+    if not asked:
+        return chosen
+    part = slice(None) if len(asked) == len(chosen) else torch.tensor(asked, device=raw.device)
+    tokens = torch.tensor([chosen[index].token for index in asked], device=raw.device)
+    described = token_logprobs(raw[part], tokens, [counts[index] for index in asked])
+    filled = list(chosen)
+    for index, of in zip(asked, described, strict=True):
+        filled[index] = replace(chosen[index], logprob=of.logprob, rank=of.rank, top=of.top)
+    return filled
+
+
+def _sound(raw: Tensor) -> list[bool]:
+    return raw.amax(-1).isfinite().tolist()
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, PIECE // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
