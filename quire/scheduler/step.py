@@ -1,0 +1,34 @@
+"""The value that travels from the scheduler to the runner: which tokens of which sequences, in which blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLACEHOLDER = -1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one sequence. tokens: PLACEHOLDER where an earlier step, still in flight, draws the token.
+    blocks: the table that covers start + len(tokens) positions. draws: the sequences whose next token is drawn from the
+    last row (several when a prompt's samples part, none inside a prompt)."""
+
+    sequence: int
+    start: int
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """copies: (from, to) blocks to copy, in order, before anything is written. preempted: sequences that lost their blocks."""
+
+    number: int
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
