@@ -1,0 +1,62 @@
+"""How much memory one step needs besides weights and KV cache: the live buffers of our own forward pass at its widest.
+
+The formulas follow the reference operations (quire/ops/reference) and the sampler buffer by buffer; a native kernel needs
+less, so the number is an upper bound there. This room knows shapes only.
+
+Letters: T tokens in the step, S sequences, E width, H heads, K kv heads, D head size, I MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.models.config import ModelConfig
+
+# As in quire/ops/reference/attention.py, which this torch-free room cannot import; a test compares them.
+SPAN = 128
+TILE = 8
+MOST_GATHERED = 1 << 23
+FLOAT = 4
+INDEX = 8
+# Buffers of one row of logits that live together when it is sampled: the logits, a sorted copy, probabilities, their sum,
+# a mask's worth of scratch (float32) and the order of the sort (int64).
+SAMPLER_FLOATS = 5
+SAMPLER_BYTES_PER_ENTRY = SAMPLER_FLOATS * FLOAT + INDEX
+
+
+def activation_bytes(model: ModelConfig, item: int, tokens: int, sequences: int) -> int:
+    """Peak bytes of a step of `tokens` tokens of `sequences` sequences, in a type of `item` bytes."""
+    stream = 3 * tokens * model.hidden_size * item  # residual, the sublayer's input and its output
+    layer = max(_norm(model, item, tokens), _attention(model, item, tokens, sequences), _mlp(model, item, tokens))
+    return stream + max(layer, _logits(model, item, sequences))
+
+
+def _norm(model: ModelConfig, item: int, tokens: int) -> int:
+    """Three float32 copies on the way from x to its norm."""
+    return tokens * model.hidden_size * 3 * FLOAT
+
+
+def _attention(model: ModelConfig, item: int, tokens: int, sequences: int) -> int:
+    """q, k, v before and after rotation, the output, and the tiles in float32 with the keys gathered for one span."""
+    heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_dim
+    projected = tokens * (2 * heads + 3 * kv_heads) * size * item + tokens * heads * size * item
+    # A sequence of one row still takes a tile.
+    rows = tokens + (TILE - 1) * min(sequences, tokens)
+    tiles = rows // TILE + 1
+    per_product = min(tiles, max(1, MOST_GATHERED // (SPAN * kv_heads * size)))
+    gathered = per_product * SPAN * kv_heads * size * 2 * (item + 2 * FLOAT)
+    rows = min(rows, per_product * 64)
+    folded = rows * heads * (4 * size + 3 * SPAN) * FLOAT
+    return projected + gathered + folded
+
+
+def _mlp(model: ModelConfig, item: int, tokens: int) -> int:
+    """Gate and up as stored; gate, its activation, up and their product in float32."""
+    experts = max(1, model.num_experts_per_token)
+    return tokens * experts * model.intermediate_size * (2 * item + 4 * FLOAT)
+
+
+def _logits(model: ModelConfig, item: int, sequences: int) -> int:
+    """One row of logits per sequence as computed and in float32, with the sampler's workspace beside it."""
+    return sequences * model.vocab_size * (item + SAMPLER_BYTES_PER_ENTRY)
