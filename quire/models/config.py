@@ -102,7 +102,9 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not architectures:
         raise ModelError("config.json names no architecture (field 'architectures').")
     text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), Mapping) else dict(raw)
-    fields = _FIELD_NAMES.get(text.get("model_type", ""), {})
+    model_type = str(text.get("model_type", ""))
+    text = {**_DEFAULTS.get(model_type, {}), **text}
+    fields = _FIELD_NAMES.get(model_type, {})
 
     def get(name: str, default: Any = ...) -> Any:
         value = text.get(fields.get(name, name))
@@ -121,7 +123,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     windows = _layer_windows(text, layers)
     return ModelConfig(
         architecture=str(architectures[0]),
-        model_type=str(text.get("model_type", "")),
+        model_type=model_type,
         vocab_size=int(get("vocab_size")),
         hidden_size=hidden,
         num_layers=layers,
@@ -131,7 +133,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=int(get("intermediate_size", 4 * hidden)),
         max_position_embeddings=int(get("max_position_embeddings")),
         dtype=DTYPES.get(str(text.get("torch_dtype") or text.get("dtype") or "float32"), "float32"),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", text.get("model_type") in _TIED_BY_DEFAULT)),
+        tie_word_embeddings=bool(get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[kind],
         norm_eps=float(get("rms_norm_eps", 1e-6)),
         layer_windows=windows,
@@ -158,33 +160,67 @@ _FIELD_NAMES: dict[str, dict[str, str]] = {
     "gemma2": {"hidden_act": "hidden_activation"},
     "gemma3_text": {"hidden_act": "hidden_activation"},
 }
-# Families whose configuration class ties the embeddings unless the file says otherwise.
-_TIED_BY_DEFAULT = ("gpt2", "opt", "gemma2", "gemma3_text", "gemma3")
+# What a file leaves out where it agrees with the family's own configuration class in transformers, and where that class
+# differs from the common defaults above. In the family's spelling.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "opt": {"activation_function": "relu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {"use_sliding_window": False, "sliding_window": 4096},
+    "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    "gemma2": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    # Image-and-text files (gemma-3-4b-it) leave out nearly everything of the text part.
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "tie_word_embeddings": True,
+    },
+}
 _WITHOUT_ROPE = ("gpt2", "opt")
+
+
+def _layer_kinds(text: Mapping[str, Any], layers: int) -> list[str]:
+    """"full_attention" or "sliding_attention" for each layer: as the file says, or as the family's class would."""
+    kinds = text.get("layer_types")
+    if kinds is None:
+        model_type = text.get("model_type")
+        if model_type in ("qwen2", "qwen3"):
+            sliding = [n >= int(text["max_window_layers"]) for n in range(layers)]
+        elif model_type in ("gemma2", "gemma3_text"):
+            pattern = int(text.get("sliding_window_pattern") or 2)
+            sliding = [(n + 1) % pattern != 0 for n in range(layers)]
+        else:
+            sliding = [text.get("sliding_window") is not None] * layers
+        kinds = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    if len(kinds) != layers:
+        raise ModelError(f"layer_types must name all {layers} layers, got {len(kinds)}.")
+    return kinds
 
 
 def _layer_windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     window = text.get("sliding_window")
     if window is None or text.get("use_sliding_window") is False:
         return (None,) * layers
-    model_type = text.get("model_type")
-    kinds = text.get("layer_types")
-    if kinds is None:
-        if model_type == "gemma2":
-            kinds = ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)]
-        elif model_type == "gemma3_text":
-            pattern = int(text.get("sliding_window_pattern", 6))
-            kinds = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(layers)]
-        elif model_type in ("qwen2", "qwen3", "qwen3_moe"):
-            if not text.get("use_sliding_window"):
-                return (None,) * layers
-            first = int(text.get("max_window_layers", 28))
-            kinds = ["sliding_attention" if n >= first else "full_attention" for n in range(layers)]
-        else:
-            kinds = ["sliding_attention"] * layers
-    if len(kinds) != layers:
-        raise ModelError(f"layer_types must name all {layers} layers, got {len(kinds)}.")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in _layer_kinds(text, layers))
 
 
 def _layer_ropes(text: Mapping[str, Any], head_dim: int, layers: int) -> tuple[RopeConfig | None, ...]:
@@ -194,31 +230,43 @@ def _layer_ropes(text: Mapping[str, Any], head_dim: int, layers: int) -> tuple[R
     parameters = text.get("rope_parameters") or {}
     if "full_attention" in parameters:
         per_kind = {kind: _rope(text, head_dim, options) for kind, options in parameters.items()}
-        windows = _layer_windows(text, layers)
-        return tuple(per_kind["sliding_attention" if w else "full_attention"] for w in windows)
+        return tuple(per_kind[kind] for kind in _layer_kinds(text, layers))
     main = _rope(text, head_dim, parameters or text.get("rope_scaling") or {})
     if text.get("model_type") == "gemma3_text":
-        local = RopeConfig(theta=float(text.get("rope_local_base_freq", 10000.0)), rotary_dim=head_dim)
-        return tuple(local if w else main for w in _layer_windows(text, layers))
+        local = _rope(text, head_dim, {"rope_theta": text["rope_local_base_freq"]})
+        return tuple(local if kind == "sliding_attention" else main for kind in _layer_kinds(text, layers))
     return (main,) * layers
+
+
+_ROPE_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 def _rope(text: Mapping[str, Any], head_dim: int, options: Mapping[str, Any]) -> RopeConfig:
     kind = str(options.get("rope_type") or options.get("type") or "default")
-    if kind == "su":
-        kind = "longrope"
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
-        raise ModelError(f"rope scaling {kind!r} is not supported.")
-    default_theta = 1_000_000.0 if text.get("model_type") == "gemma3_text" else 10000.0
-    theta = options.get("rope_theta") or text.get("rope_theta") or default_theta
+    if kind == "su" or (kind == "yarn" and text.get("model_type") == "phi3"):
+        kind = "longrope"  # its names in Phi-3's first files
+    if kind not in _ROPE_OPTIONS:
+        raise ModelError(f"rope scaling {kind!r} is not supported; one of {', '.join(_ROPE_OPTIONS)} is.")
+    theta = options.get("rope_theta") or text.get("rope_theta") or 10000.0
     share = options.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 1.0
+    rotary_dim = int(head_dim * float(share))
     known = {"original_max_position_embeddings": text.get("original_max_position_embeddings"), **options}
+    known = {key: value for key, value in known.items() if value is not None}
+    for name in _ROPE_OPTIONS[kind]:
+        if name not in known:
+            raise ModelError(f"rope scaling {kind!r} needs the field {name!r}.")
+        if kind == "longrope" and len(known[name]) != rotary_dim // 2:
+            raise ModelError(f"{name} must have {rotary_dim // 2} numbers, got {len(known[name])}.")
     return RopeConfig(
         theta=float(theta),
-        rotary_dim=int(head_dim * float(share)),
+        rotary_dim=rotary_dim,
         kind=kind,
-        options={
-            "max_position_embeddings": int(text["max_position_embeddings"]),
-            **{key: value for key, value in known.items() if value is not None},
-        },
+        options={"max_position_embeddings": int(text["max_position_embeddings"]), **known},
     )

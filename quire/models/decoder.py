@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = self.norm(config, config.hidden_size)
         self.self_attn = self.attention(config, index)
         self.post_attention_layernorm = self.norm(config, config.hidden_size)
-        self.mlp = self.feed_forward(config)
+        self.mlp = self.feed_forward(config, index)
 
     def norm(self, config: ModelConfig, size: int) -> nn.Module:
         return RMSNorm(size, config.norm_eps)
@@ -51,7 +51,8 @@ class DecoderLayer(nn.Module):
             window=config.layer_windows[index],
         )
 
-    def feed_forward(self, config: ModelConfig) -> nn.Module:
+    def feed_forward(self, config: ModelConfig, index: int) -> nn.Module:
+        del index  # for families whose layers differ
         bias = bool(config.raw.get("mlp_bias", False))
         return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias)
 
@@ -99,14 +100,14 @@ class CausalLM(nn.Module):
     """A decoder with its head. `model(batch)` gives hidden rows, `model.logits(rows)` float32 logits [R, V]."""
 
     decoder: type[nn.Module] = Decoder
-    # The decoder's name in checkpoints, and in files saved from the bare decoder, where it is left out.
+    # The decoder's name here and in checkpoints; files saved from the bare decoder leave it out.
     prefix = "model"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = self.decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.add_module(self.prefix, self.decoder(config))
+        self.lm_head = Linear(self.table.weight.shape[1], config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.table.weight
 
@@ -117,7 +118,7 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden rows [T, E], or [R, E] where the batch names the rows whose logits are wanted."""
-        hidden = self.model(batch)
+        hidden = self.get_submodule(self.prefix)(batch)
         return hidden if batch.logit_rows is None else hidden[batch.logit_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
