@@ -141,7 +141,7 @@ def deployment_of(name: str) -> dict[str, Any]:
     return dict(find(name).deployment)
 
 
-# Precedence, strongest first. A request's own preset is the request's wish, so it stands above what the server was started with.
+# Strongest first. A request's own preset is the request's wish, so it stands above what the server was started with.
 SOURCES = ("request", "request preset", "flag", "preset", "generation_config", "default")
 
 

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quire.models.config import ModelConfig
 
-# As in quire/ops/reference/attention.py, which this torch-free room cannot import; a test compares them.
+# As in quire/ops/reference/attention.py and quire/sampling/sampler.py, which this torch-free room cannot import; a test
+# compares them.
 SPAN = 128
 TILE = 8
 MOST_GATHERED = 1 << 23
+PIECE = 1 << 22
 FLOAT = 4
-INDEX = 8
-# Buffers of one row of logits that live together when it is sampled: the logits, a sorted copy, probabilities, their sum,
-# a mask's worth of scratch (float32) and the order of the sort (int64).
-SAMPLER_FLOATS = 5
-SAMPLER_BYTES_PER_ENTRY = SAMPLER_FLOATS * FLOAT + INDEX
+# Buffers that live together while a piece of logits is sampled: logits, masked copy, padded copy, weights, scratch
+# (float32) and an order (int64).
+SAMPLER_BYTES_PER_LOGIT = 5 * FLOAT + 8
 
 
 def activation_bytes(model: ModelConfig, item: int, tokens: int, sequences: int) -> int:
@@ -52,11 +52,12 @@ def _attention(model: ModelConfig, item: int, tokens: int, sequences: int) -> in
 
 
 def _mlp(model: ModelConfig, item: int, tokens: int) -> int:
-    """Gate and up as stored; gate, its activation, up and their product in float32."""
-    experts = max(1, model.num_experts_per_token)
-    return tokens * experts * model.intermediate_size * (2 * item + 4 * FLOAT)
+    """Gate and up as stored; gate, its activation, up and their product in float32. Experts run one after the other."""
+    gathered = tokens * model.hidden_size * (item + 3 * FLOAT) if model.num_experts else 0
+    return tokens * model.intermediate_size * (2 * item + 4 * FLOAT) + gathered
 
 
 def _logits(model: ModelConfig, item: int, sequences: int) -> int:
-    """One row of logits per sequence as computed and in float32, with the sampler's workspace beside it."""
-    return sequences * model.vocab_size * (item + SAMPLER_BYTES_PER_ENTRY)
+    """One row of logits per sequence, as computed and in float32, and the workspace of one piece of the sampler."""
+    logits = sequences * model.vocab_size
+    return logits * (item + FLOAT) + min(logits, max(PIECE, model.vocab_size)) * SAMPLER_BYTES_PER_LOGIT

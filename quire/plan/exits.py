@@ -181,9 +181,7 @@ def _everything(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
             return
 
 
-def _more_memory(
-    config: EngineConfig, too_small: bool, model: ModelConfig, weight_bytes: int, hardware: Hardware
-) -> Exit:
+def _more_memory(config: EngineConfig, too_small: bool, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Exit:
     """How much must be free for the wishes as they stand; a cache stated too small for one request must go in any case."""
     options = _unpinned(config) if too_small else {}
     config = replace(config, **options)
