@@ -345,6 +345,9 @@ class EngineRequest:
     cache_salt: str = ""
     beam: BeamSearchParams | None = None
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    """End-of-sequence and stop tokens, masked until min_tokens."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of every spelling of every bad word."""
 
 
 def as_prompt(prompt: str | Sequence[int] | Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
