@@ -1,12 +1,13 @@
 """Rows seen as blocks of 128 tokens, so that a search over 150,000 logits touches most of them once, in float32.
 
-Knows only tensors: no parameters, no requests. Two facts carry the file. The best token lies in the first of the best blocks;
-the `count` best tokens lie in the `count` best blocks. Both hold with ties, because blocks and tokens are ordered alike:
-larger value first, lower index first.
+Knows only tensors: no parameters, no requests. Two facts carry the file. The best token lies in the first of the
+best blocks; the `count` best tokens lie in the `count` best blocks. Both hold with ties, because blocks and tokens
+are ordered alike: larger value first, lower index first.
 
-Why not `argmax`, `topk` and `sort` of torch on the whole row: on CPU `argmax` is several times slower than `amax`, `topk`
-leaves the order of ties open, and a stable sort of one such row takes about 10 ms. Why blocks for sums: torch sums a single
-long row in as many parts as there are threads, so the bits of a plain `sum` depend on the thread count; sums of 128 do not.
+Why not `argmax`, `topk` and `sort` of torch on the whole row: on CPU `argmax` is several times slower than `amax`,
+`topk` leaves the order of ties open, and a stable sort of one such row takes about 10 ms. Why blocks for sums: torch
+sums a single long row in as many parts as there are threads, so the bits of a plain `sum` depend on the thread count;
+sums of 128 do not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The draw: a counter-based random number, and the inverse of a cumulative distribution.
 
-There is no generator state to keep, share or lose: draw number `position` of a request is Philox4x32-10 (Salmon, Moraes, Dror
-and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11; the generator of Random123 and of CUDA) with the seed as its key
-and the position as its counter. This file knows weights, not logits; weights need not sum to 1.
+There is no generator state to keep, share or lose: draw number `position` of a request is Philox4x32-10 (Salmon,
+Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11; the generator of Random123 and of CUDA)
+with the seed as its key and the position as its counter. This file knows weights, not logits; they need
+not sum to 1.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def draw_in_token_order(weights: Tensor, masses: Tensor, uniforms: Tensor) -> Te
     block = _invert(masses, target)
     end = masses.gather(1, block)
     before = torch.where(block > 0, masses.gather(1, (block - 1).clamp(min=0)), 0.0)
-    share = (target.unsqueeze(1) - before) / (end - before)  # a fresh uniform: where in the block's mass the target fell
+    # Where in the block's mass the target fell is a uniform number again.
+    share = (target.unsqueeze(1) - before) / (end - before)
     inside = weights.unflatten(-1, (-1, BLOCK)).gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
     sums = inside.double().cumsum(-1)
     return (block * BLOCK + _invert(sums, share.squeeze(1) * sums[:, -1])).squeeze(1)

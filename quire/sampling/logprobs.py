@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens under the raw logits: float32 `log_softmax`, the same that training computes.
 
-Knows tensors only. Everything is ordered by the logits themselves, larger first and lowest token id first among equals, so
-that rank and alternatives agree with each other, with greedy decoding, and for any number of alternatives.
+Knows tensors only. Everything is ordered by the logits themselves, larger first and lowest token id first among
+equals, so that rank and alternatives agree with each other, with greedy decoding, and for any number of alternatives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[TokenLogprob]:
-    """For each row of raw float32 logits [R, V]: its token [R], and its `counts` most likely (-1 is the whole vocabulary)."""
+    """For each row of raw float32 logits [R, V]: its token [R], and its `counts` most likely (-1 is all)."""
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
     ranks = _ranks(logits, tokens)
@@ -41,7 +41,7 @@ def best_tokens(logits: Tensor, logprobs: Tensor, count: int) -> list[tuple[tupl
     """The `count` (or all, if -1) most likely (id, logprob) of each row [R, V], best first, ties by lowest id."""
     vocabulary = logits.shape[1]
     ids = largest(pad_to_blocks(logits), vocabulary if count == -1 else min(count, vocabulary))[1]
-    # A forbidden logit ties with the padding; the padding has the higher ids and so never comes within the vocabulary's count.
+    # A logit of -inf ties with the padding, but the padding has higher ids and so stays outside the count.
     values = logprobs.gather(1, ids)
     return [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
 

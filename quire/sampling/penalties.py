@@ -1,8 +1,8 @@
 """Penalties on tokens that already occurred: repetition (prompt and output), then frequency and presence (output only).
 
-Each function changes the logits [R, V] in place at the tokens that occurred and nowhere else, so the cost follows the length
-of the text, not the vocabulary. Formulas: repetition from CTRL (Keskar et al. 2019, as corrected by Hugging Face: positive
-logits are divided, others multiplied); frequency and presence from the OpenAI API reference.
+Each function changes the logits [R, V] in place at the tokens that occurred and nowhere else, so the cost follows
+the length of the text, not the vocabulary. Formulas: repetition from CTRL (Keskar et al. 2019, as corrected by
+Hugging Face: positive logits are divided, others multiplied); frequency and presence from the OpenAI API reference.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def penalize_repetition(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     used = [(index, row) for index, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
     if not used:
         return
-    index, token = _occurrences(logits, [(i, row.prompt_ids) for i, row in used] + [(i, row.output_ids) for i, row in used])
-    penalty = _per_row(logits, rows, [row.params.repetition_penalty for row in rows])[index]
+    texts = [(index, ids) for index, row in used for ids in (row.prompt_ids, row.output_ids)]
+    index, token = _occurrences(logits, texts)
+    penalty = _numbers(logits, [row.params.repetition_penalty for row in rows])[index]
     values = logits[index, token]
     # A token that occurs twice is written twice with the same value, so the order of writes cannot matter.
     logits[index, token] = torch.where(values > 0, values / penalty, values * penalty)
@@ -47,13 +48,13 @@ def penalize_frequency_and_presence(logits: Tensor, rows: Sequence[SamplingRow])
     width = logits.shape[1]
     place, count = (index * width + token).unique(return_counts=True)
     index, token = place // width, place % width
-    frequency = _per_row(logits, rows, [row.params.frequency_penalty for row in rows])[index]
-    presence = _per_row(logits, rows, [row.params.presence_penalty for row in rows])[index]
+    frequency = _numbers(logits, [row.params.frequency_penalty for row in rows])[index]
+    presence = _numbers(logits, [row.params.presence_penalty for row in rows])[index]
     logits[index, token] = (logits[index, token] - frequency * count) - presence
 
 
 def _occurrences(logits: Tensor, texts: Iterable[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
-    """(row index, token id) of every token of every text, both [number of tokens]; ids outside the vocabulary are left out."""
+    """(row index, token id) of every token of every text; ids outside the vocabulary are left out."""
     tokens, indices, lengths = array("q"), [], []
     for index, ids in texts:
         tokens.extend(ids if isinstance(ids, array) and ids.typecode == "q" else array("q", ids))
@@ -66,6 +67,5 @@ def _occurrences(logits: Tensor, texts: Iterable[tuple[int, Sequence[int]]]) -> 
     return index[known].to(logits.device), token[known].to(logits.device)
 
 
-def _per_row(logits: Tensor, rows: Sequence[SamplingRow], values: Sequence[float]) -> Tensor:
-    assert len(values) == len(rows)
+def _numbers(logits: Tensor, values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=logits.dtype, device=logits.device)

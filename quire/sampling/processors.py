@@ -1,8 +1,8 @@
 """The first two steps on the logits: what may not be drawn at all, and the bias that the user adds.
 
-Order: allowed token ids and grammar mask; bad words; min_tokens; logit_bias. Each function changes the logits [R, V] in
-place, and only in the rows whose request asks for it. Token ids outside the vocabulary are dropped here: written through they
-would land in another row, or raise for the whole batch.
+Order: allowed token ids and grammar mask; bad words; min_tokens; logit_bias. Each function changes the logits [R, V]
+in place, and only in the rows whose request asks for it. Token ids outside the vocabulary are dropped here: written
+through they would land in another row, or raise for the whole batch.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def add_logit_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 def bad_word_ids(tokenizer: Encoder, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Token ids of every spelling of `words`: at the start of a text, and after a space.
 
-    vLLM (`SamplingParams.update_from_tokenizer`) keeps the second spelling only if it is as long as the first and begins
-    otherwise; here every distinct spelling counts, since one that is left out can be written.
+    vLLM (`SamplingParams.update_from_tokenizer`) keeps the second spelling only if it is as long as the first and
+    begins otherwise; here every distinct spelling counts, since one that is left out can be written.
     """
     spellings: dict[tuple[int, ...], None] = {}
     for word in words:

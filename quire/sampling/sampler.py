@@ -8,9 +8,9 @@
     temperature, min_p, top_k, top_p                    filters.py
     draw                                                draw.py
 
-A row's token and log-probability depend on that row's logits and on its `SamplingRow`, bit for bit: not on the other rows,
-the row's place, their number, or the number of threads. A row that holds NaN or infinity, or whose every token is forbidden,
-is reported as corrupted and touches no other row.
+A row's token and log-probability depend on that row's logits and on its `SamplingRow`, bit for bit: not on the other
+rows, the row's place, their number, or the number of threads. A row that holds NaN or infinity, or whose every token
+is forbidden, is reported as corrupted and touches no other row.
 
 This file knows no engine: who draws seeds, who ends requests and what a token means are others' business.
 """
@@ -51,14 +51,16 @@ def score(logits: Tensor, targets: Sequence[int], count: int) -> list[SampledRow
     scored: list[SampledRow] = []
     for piece in _pieces(logits):
         raw = logits[piece].float()
-        rows = [SampledRow(token) if sound else SampledRow(token, corrupted=True) for token, sound in zip(targets[piece], _sound(raw), strict=True)]
+        given = zip(targets[piece], _sound(raw), strict=True)
+        rows = [SampledRow(token, corrupted=not sound) for token, sound in given]
         scored += _with_logprobs(raw, rows, [count] * len(rows))
     return scored
 
 
 @torch.inference_mode()
 def top_candidates(logits: Tensor, count: int, temperature: float = 0.0) -> list[tuple[tuple[int, float], ...]]:
-    """The `count` most likely (id, log-probability) of each row of logits [R, V], best first, ties by lowest id; for beam search.
+    """The `count` most likely (id, log-probability) of each row of logits [R, V], best first, ties by lowest id; for
+    beam search.
 
     A temperature other than 0 (off) divides the logits first. A corrupted row gives ().
     """
@@ -82,10 +84,8 @@ def _sample_piece(raw: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow]:
         part = torch.tensor(random, device=raw.device)
         whole = len(random) == len(rows)  # then indexing would only copy
         choice[part] = _draw(padded if whole else padded[part], peak[part], [rows[index] for index in random])
-    chosen = [
-        SampledRow(token) if intact else SampledRow(0, corrupted=True)
-        for token, intact in zip(choice.tolist(), is_sound, strict=True)
-    ]
+    taken = zip(choice.tolist(), is_sound, strict=True)
+    chosen = [SampledRow(token) if intact else SampledRow(0, corrupted=True) for token, intact in taken]
     return _with_logprobs(raw, chosen, [row.params.logprobs for row in rows])
 
 
