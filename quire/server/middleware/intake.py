@@ -1,0 +1,110 @@
+"""What happens before a body is read: its type and length are checked, a slot is taken, and its arrival is timed.
+
+uvicorn and Starlette bound neither the size nor the slowness of a body; this layer does. The slot is taken before the first
+byte of the body is awaited and given back when the answer is out, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quire.server.errors import ClientGone, HttpError
+from quire.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from quire.service.application import Application
+
+CLOSE = {"connection": "close"}
+MOST_DISCARDED = 4
+"""A body beyond the limit is read and thrown away up to so many times the limit, because closing while the client still
+sends would reset the connection and the client would never see the answer."""
+DISCARD_SECONDS = 5.0
+
+
+class Intake:
+    """Guards requests that carry a body."""
+
+    def __init__(self, app: ASGIApp, application: Application, options: ServerOptions) -> None:
+        self._app, self._application, self._options = app, application, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body = _TimedBody(receive, self._options)
+        headers = dict(scope["headers"])
+        await body.check_length(headers)
+        _check_type(headers)
+        state = scope.setdefault("state", {})
+        ticket = self._application.arrive(state.get("key", ""))
+        state["ticket"] = ticket
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            ticket.release()
+
+
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    """JSON only: a form or plain text is what a web page can post to a local server without asking."""
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        shown = kind.decode("latin-1")[:80] or "none"
+        raise HttpError(415, f"content-type must be application/json, got {shown}.")
+
+
+class _TimedBody:
+    """ASGI's `receive` with a limit on size, silence and total time while the body comes in."""
+
+    def __init__(self, receive: Receive, options: ServerOptions) -> None:
+        self._receive, self._options = receive, options
+        self._received = 0
+        self._complete = False
+        self._deadline = time.monotonic() + options.body_timeout
+
+    async def check_length(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse a body by its announced length."""
+        announced = headers.get(b"content-length", b"0")
+        if not announced.isdigit():
+            raise HttpError(400, "content-length must be a whole number.", CLOSE)
+        if int(announced) > self._options.max_body_bytes:
+            if headers.get(b"expect", b"").lower() != b"100-continue":
+                await self._discard()
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        wait = min(self._options.body_idle_timeout, self._deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(max(0.0, wait)):
+                message = await self._receive()
+        except TimeoutError:
+            raise HttpError(408, "the request's body came too slowly.", CLOSE) from None
+        if message["type"] != "http.request":
+            raise ClientGone
+        self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received > self._options.max_body_bytes:
+            await self._discard()
+            raise self._too_large()
+        return message
+
+    async def _discard(self) -> None:
+        left = MOST_DISCARDED * self._options.max_body_bytes
+        try:
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not self._complete and left > 0:
+                    message = await self._receive()
+                    if message["type"] != "http.request":
+                        raise ClientGone
+                    left -= len(message.get("body", b""))
+                    self._complete = not message.get("more_body", False)
+        except TimeoutError:
+            pass
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the body may have {self._options.max_body_bytes} bytes.", CLOSE)

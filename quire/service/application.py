@@ -1,0 +1,206 @@
+"""The application: one engine with its names, limits, life cycle and health, as every door sees it.
+
+Made before the engine exists, so that a server can answer for its health while the model loads. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.errors import NotFound, QuireError, Unavailable
+from quire.log import logger
+from quire.metrics import Metrics
+from quire.service.admission import Admission, Ticket
+from quire.service.generation import Generation
+from quire.service.lifecycle import Lifecycle, Stage
+from quire.service.limits import Limits
+from quire.service.prepare import prepare, render
+from quire.service.requests import TextRequest
+
+log = logger(__name__)
+
+SMALL_TEXT = 4096
+"""Characters below which tokenizing on the event loop is cheaper than a change of thread."""
+
+
+def load_engine(config: EngineConfig) -> Any:
+    """The engine, loaded and running. Blocks, and raises ConfigError, DoesNotFit or ModelError."""
+    from quire.engine.async_engine import AsyncEngine  # brings torch, which a refusal of options must not wait for
+
+    return AsyncEngine.from_config(config)
+
+
+class Application:
+    """Everything between the doors and the engine."""
+
+    def __init__(
+        self, limits: Limits, served_names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = limits
+        self.lifecycle = Lifecycle()
+        self.admission = Admission(limits, self._rejected, clock)
+        self.started_at = int(time.time())
+        self._served_names = served_names
+        self._engine: Any = None
+        self._running: dict[str, Generation] = {}
+        self._stall = _StallWatch(limits.stall_seconds, clock)
+
+    # the engine
+
+    def attach(self, engine: Any) -> None:
+        """The model is loaded: from now on requests are taken."""
+        self._engine = engine
+        engine.metrics.rename(self.model_names[0])
+        engine.metrics.watch("queued_samples", "Samples admitted, waiting or running.", lambda: self.admission.samples)
+        engine.metrics.watch(
+            "queued_prompt_tokens",
+            "Prompt tokens admitted and not computed yet.",
+            lambda: self.admission.backlog_tokens,
+        )
+        engine.metrics.watch(
+            "engine_heartbeat_age_seconds", "Since the engine's last sign of life.", lambda: engine.heartbeat().age_s
+        )
+        engine.metrics.watch("draining", "1 while shutting down.", lambda: self.lifecycle.stage is not Stage.READY)
+        self.lifecycle.advance(Stage.READY)
+
+    @property
+    def engine(self) -> Any:
+        """The engine; Unavailable while it loads."""
+        if self._engine is None:
+            self.lifecycle.check_open()
+            raise Unavailable("the engine is not there.")
+        return self._engine
+
+    @property
+    def metrics(self) -> Metrics | None:
+        return None if self._engine is None else self._engine.metrics
+
+    # names
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names under which the model is listed; the first one is written into answers."""
+        if self._served_names:
+            return self._served_names
+        given = self.engine.config.model
+        # A folder's path is nobody's business but the operator's.
+        return (Path(given).resolve().name if Path(given).is_dir() else given,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under, or NotFound. No name means the one model that is served."""
+        if not name:
+            return self.model_names[0]
+        if name in self.model_names:
+            return name
+        if not self._served_names and name == self.engine.config.model:
+            return self.model_names[0]
+        raise NotFound(f"The model `{name[:200]}` does not exist.", parameter="model")
+
+    # requests
+
+    def arrive(self, key: str = "") -> Ticket:
+        """Take a slot for a request that has just arrived, before anything of it is read."""
+        try:
+            self.lifecycle.check_open()
+        except Unavailable:
+            self._rejected("not_ready" if self.lifecycle.stage is Stage.STARTING else "draining")
+            raise
+        return self.admission.arrive(key)
+
+    async def start(self, request: TextRequest, ticket: Ticket, *, stream: bool) -> Generation:
+        """Prepare a request and book what it needs; nothing is queued in the engine until the result is read."""
+        engine = self.engine
+        prepared = await _off_loop(_size(request), lambda: prepare(request, engine, self.limits, stream=stream))
+        ticket.extend(samples=prepared.drawn * len(prepared.prompts), tokens=prepared.prompt_tokens)
+        return Generation(engine, request, prepared, ticket, self._running)
+
+    async def tokenize(self, request: TextRequest) -> list[int]:
+        """Token ids of a prompt or of a rendered conversation."""
+        engine = self.engine
+
+        def work() -> list[int]:
+            text = render(request, engine) if request.messages is not None else request.prompts[0]
+            return engine.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+
+        return await _off_loop(_size(request), work)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """The text of token ids."""
+        engine = self.engine
+        return await _off_loop(len(token_ids), lambda: engine.tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    # end
+
+    def abort_all(self, reason: QuireError) -> int:
+        """End every running request with `reason`; gives their number."""
+        generations = set(self._running.values())
+        for generation in generations:
+            generation.abort(reason)
+        return len(generations)
+
+    def shutdown(self) -> None:
+        """Stop the engine, if there is one."""
+        self.lifecycle.advance(Stage.STOPPED)
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    # health
+
+    def alive(self) -> bool:
+        """False only when nothing but a restart will help."""
+        return self._engine is None or self._engine.heartbeat().alive
+
+    def failing(self) -> list[str]:
+        """The names of failing checks; empty means ready. A busy engine is ready."""
+        if self.lifecycle.stage is Stage.STARTING:
+            return ["loading"]
+        if self.lifecycle.stage is not Stage.READY:
+            return [self.lifecycle.stage.value]
+        heartbeat = self._engine.heartbeat()
+        if not heartbeat.alive:
+            return ["engine"]
+        return ["stalled"] if self._stall.stalled(heartbeat) else []
+
+    def _rejected(self, reason: str) -> None:
+        if self._engine is not None:
+            self._engine.metrics.reject(reason)
+
+
+class _StallWatch:
+    """Sees a running batch whose step counter stands still. An idle engine, or a busy one that steps, is well."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._steps, self._since = -1, clock()
+        self._told = False
+
+    def stalled(self, heartbeat: Any) -> bool:
+        now = self._clock()
+        if heartbeat.steps != self._steps or heartbeat.running == 0:
+            self._steps, self._since, self._told = heartbeat.steps, now, False
+            return False
+        stalled = now - self._since > self._seconds
+        if stalled and not self._told:
+            self._told = True
+            log.error("the engine has not finished a step for %.0f s; stacks of all threads follow", now - self._since)
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        return stalled
+
+
+def _size(request: TextRequest) -> int:
+    """Roughly how much text there is to render and tokenize."""
+    if request.messages is not None:
+        return sum(len(str(message.get("content") or "")) for message in request.messages) + 64 * len(request.messages)
+    return sum(len(prompt) for prompt in request.prompts)
+
+
+async def _off_loop(size: int, work: Callable[[], Any]) -> Any:
+    """Run `work` here if it is small, else on another thread, so that other requests' streams go on."""
+    return work() if size <= SMALL_TEXT else await asyncio.to_thread(work)
