@@ -1,0 +1,89 @@
+"""`quire serve`: flags -> EngineConfig and ServerOptions -> the server.
+
+The flags are the fields of those two classes (see flags.py); this file adds only what vLLM's users type out of habit.
+A model on this machine is planned before torch is imported, so that one that does not fit is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from quire import envs
+from quire.cli.command import SectionedCommand, SectionedOption
+from quire.cli.flags import build, options_of, with_options
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+from quire.server.options import ServerOptions
+
+DEFAULT_MODEL = "quire-tiny"
+# vLLM's switches for what is a fact here: accepted in the one sense, refused in the other.
+ALWAYS = {
+    "enable_chunked_prefill": (True, "prompts are always read in chunks; --max-num-batched-tokens sets their size"),
+    "enforce_eager": (True, "nothing is compiled or captured"),
+    "async_scheduling": (False, "the scheduler does not plan ahead"),
+    "trust_remote_code": (False, "no code of a model's repository is ever run"),
+}
+
+
+def _always() -> list[click.Option]:
+    return [
+        SectionedOption(
+            [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}", name],
+            default=None,
+            help=f"Accepted for vLLM's sake: {fact}.",
+            section="Compatibility",
+        )
+        for name, (_, fact) in ALWAYS.items()
+    ]
+
+
+@with_options(options_of(ServerOptions, "Server options"))
+@with_options(options_of(EngineConfig, "Engine options", skip=("model",)))
+@with_options(_always())
+@click.command("serve", cls=SectionedCommand)
+@click.argument("model", required=False)
+@click.option("--model", "model_flag", help="The same as MODEL.")
+def command(model: str | None, model_flag: str | None, **values: Any) -> None:
+    """Serve MODEL through the OpenAI API.
+
+    MODEL is a folder in Hugging Face layout, a hub id, or quire-tiny, which comes with the package and is the default.
+    Numbers may be written 4k (4000) or 4K (4096).
+    """
+    if model is not None and model_flag is not None and model != model_flag:
+        raise ConfigError(f"MODEL is given twice: {model!r} and {model_flag!r}. Give one.")
+    _check_always(values)
+    config: EngineConfig = build(EngineConfig, {**values, "model": model or model_flag or DEFAULT_MODEL})
+    options: ServerOptions = build(ServerOptions, _server_values(values))
+
+    from quire.cli.plan import plan_local
+
+    plan_local(config)
+
+    from quire.server.app import serve
+
+    serve(config, options)
+
+
+def _check_always(values: dict[str, Any]) -> None:
+    for name, (fact, reason) in ALWAYS.items():
+        said = values.pop(name, None)
+        flag = name.replace("_", "-")
+        if said is not None and said != fact:
+            raise ConfigError(f"--{flag if said else 'no-' + flag} is not possible: {reason}.")
+
+
+def _server_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The environment's key if no flag names one, and vLLM's JSON spelling of lists."""
+    values = dict(values)
+    if not values["api_key"] and (key := envs.api_key()):
+        values["api_key"] = (key,)
+    origins = values["allowed_origins"]
+    if len(origins) == 1 and origins[0].startswith("["):
+        try:
+            values["allowed_origins"] = tuple(json.loads(origins[0]))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--allowed-origins must be origins or a JSON list of them, got {origins[0]!r} ({error}).") from None
+    return values
