@@ -30,10 +30,10 @@ def setup(level: str | None = None) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar for long work: yields `advance(amount)`. On a terminal a live bar, elsewhere nothing but the final line."""
     start = time.monotonic()
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield lambda amount: None
     else:
         from rich.console import Console

@@ -21,15 +21,17 @@ class _Beam:
 class BeamSearch:
     """The beams of one request, by sequence number."""
 
-    def __init__(self, params: BeamSearchParams, prompt: tuple[int, ...], first: int, max_tokens: int, stops: frozenset[int]) -> None:
+    def __init__(
+        self, params: BeamSearchParams, prompt: tuple[int, ...], first: int, max_tokens: int, stops: frozenset[int]
+    ) -> None:
         self.params = params
         self.max_tokens = max_tokens
         self.rounds = 0
         self.done: list[BeamSequence] = []
         self._stops = frozenset() if params.ignore_eos else stops
-        self._prompt_length = len(prompt)
         self._beams = {first: _Beam(prompt, 0.0)}
         self._offers: dict[int, tuple[tuple[int, float], ...]] = {}
+        self._chosen: list[tuple[float, int, int]] = []
 
     @property
     def width_of_offer(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quire.errors import InvalidRequest
 from quire.request import BeamSearchParams, EngineRequest, SamplingParams, as_prompt
-from quire.sampling.sampler import bad_word_ids
+from quire.sampling.processors import bad_word_ids
 from quire.text.tokenizer import Tokenizer
 
 MOST_SALT = 256

@@ -93,7 +93,7 @@ class BlockPool:
         held = {block for block in range(1, self.num_blocks + 1) if self._holders[block] > 0}
         empty, cached = set(self._empty), set(self._cached)
         assert len(empty) == len(self._empty), "a block is empty twice"
-        assert not (held & empty or held & cached or empty & cached), "a block is in two states"
+        assert len(held | empty | cached) == len(held) + len(empty) + len(cached), "a block is in two states"
         assert len(held) + len(empty) + len(cached) == self.num_blocks, "a block is lost"
         assert self._holders[0] == 0, "the null block is held"
         assert {key: block for block, key in self._key_of.items()} == self._block_of, "keys and blocks disagree"

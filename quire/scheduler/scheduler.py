@@ -82,6 +82,10 @@ class Scheduler:
         """Known tokens that are still to be computed."""
         return sum(sequence.num_wanted for sequence in self._sequences.values())
 
+    def blocks_at_full_length(self) -> int:
+        """Blocks that all present sequences would hold together if each grew to its longest."""
+        return sum(self._blocks_for(sequence.max_length) for sequence in self._sequences.values())
+
     def sequence(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
 
@@ -98,7 +102,7 @@ class Scheduler:
         longest = self._longest(request)
         if self._blocks_for(longest) > self.pool.num_blocks:
             raise InvalidRequest(
-                f"a sequence of {longest} tokens needs {self._blocks_for(longest)} KV blocks, there are {self.pool.num_blocks}.",
+                f"{longest} tokens need {self._blocks_for(longest)} KV blocks, there are {self.pool.num_blocks}.",
                 parameter="max_tokens",
                 value=longest,
             )

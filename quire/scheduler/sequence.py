@@ -14,7 +14,8 @@ class Sequence:
 
     tokens: prompt and output as far as they are on the host. num_pending: tokens that steps in flight will add.
     num_computed: tokens whose keys and values are in `blocks` (or will be, once the steps in flight have run).
-    keys: prefix keys of the full blocks so far, num_registered of which others can find. max_length: no token is added beyond it.
+    keys: prefix keys of the full blocks so far, num_registered of which others can find.
+    max_length: no token is added beyond it.
     """
 
     id: int

@@ -1,0 +1,128 @@
+"""From wishes to a running engine: find the model, plan before loading, load, allocate. Says what it does as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quire.assemble import DTYPES, assemble
+from quire.config import AUTO, EngineConfig
+from quire.engine.engine import Engine
+from quire.engine.intake import Intake
+from quire.engine.kv import allocate
+from quire.engine.runner import Runner
+from quire.log import logger
+from quire.metrics import Metrics
+from quire.models.config import ModelConfig, read_json, read_model_config
+from quire.models.registry import model_class
+from quire.plan.hardware import probe
+from quire.plan.memory import Plan, make_plan
+from quire.scheduler.scheduler import Limits
+from quire.text.tokenizer import Tokenizer
+from quire.weights.files import checkpoint_files, tensor_headers, weight_bytes
+from quire.weights.hub import resolve
+
+log = logger(__name__)
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine and all that its doors need to know of it. default_sampling: what the model's files recommend."""
+
+    engine: Engine
+    intake: Intake
+    config: EngineConfig
+    model_config: ModelConfig
+    plan: Plan
+    tokenizer: Tokenizer
+    metrics: Metrics
+    default_sampling: Mapping[str, Any]
+
+
+def start(config: EngineConfig) -> Started:
+    """Load the model of `config`. Raises ModelError, ConfigError, and DoesNotFit before anything large is read."""
+    begin = time.monotonic()
+    folder = resolve(config.model, config.revision)
+    model_config = read_model_config(folder)
+    model_class(model_config)  # an unknown architecture is refused before planning
+    generation = _generation_config(folder) if config.generation_config == AUTO else {}
+    plan = make_plan(config, model_config, weight_bytes(folder, model_config.dtype, model_config.dtype), probe())
+    for line in plan.describe():
+        log.info("%s", line)
+    tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
+    torch.set_num_threads(plan.threads)
+    model = assemble(folder, model_config, plan.dtype)
+    kv = allocate(model_config, plan.num_blocks, plan.block_size, DTYPES[plan.dtype])
+    metrics = Metrics(config.model, plan.max_model_len)
+    metrics.set_cache_config(
+        block_size=plan.block_size,
+        num_gpu_blocks=plan.num_blocks,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.enable_prefix_caching,
+        cache_dtype=plan.dtype,
+    )
+    eos, also_stop = _stop_tokens(tokenizer, model_config, generation)
+    engine = Engine(
+        Runner(model, kv),
+        tokenizer,
+        plan,
+        _limits(config, plan),
+        model_digest=_digest(folder, plan.dtype),
+        eos=eos,
+        metrics=metrics,
+        log_stats=not config.disable_log_stats,
+    )
+    intake = Intake(
+        tokenizer, model_config.vocab_size, plan.max_model_len, config.max_logprobs, eos, also_stop, seed=config.seed
+    )
+    defaults = {name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None}
+    if generation.get("max_new_tokens") is not None:
+        defaults["max_tokens"] = generation["max_new_tokens"]
+    log.info("Ready after %.1f s", time.monotonic() - begin)
+    return Started(engine, intake, config, model_config, plan, tokenizer, metrics, defaults)
+
+
+def _limits(config: EngineConfig, plan: Plan) -> Limits:
+    return Limits(
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        block_size=plan.block_size,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        policy=config.scheduling_policy,
+        prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _stop_tokens(
+    tokenizer: Tokenizer, model: ModelConfig, generation: Mapping[str, Any]
+) -> tuple[int | None, frozenset[int]]:
+    """(the end-of-sequence token, further tokens at which the model's files say to stop)."""
+    named = generation.get("eos_token_id")
+    listed = [*(named if isinstance(named, list) else [] if named is None else [named]), *model.eos_token_ids]
+    eos = tokenizer.eos_token_id
+    if eos is None and listed:
+        eos = listed[0]
+    also = {int(token) for token in (named if isinstance(named, list) else listed)}
+    return eos, frozenset(token for token in also if token != eos and 0 <= token < model.vocab_size)
+
+
+def _digest(folder: Path, dtype: str) -> str:
+    """Identity of the weights: configuration, tensor headers and file sizes, so that starting stays quick."""
+    digest = hashlib.sha256(dtype.encode() + (folder / "config.json").read_bytes())
+    for path in checkpoint_files(folder):
+        headers = sorted(tensor_headers(path).items()) if path.suffix == ".safetensors" else []
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} {headers}".encode())
+    return digest.hexdigest()

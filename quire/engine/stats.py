@@ -1,0 +1,102 @@
+"""What the engine counts and says about itself: metrics after each step, a line every ten seconds, advice when blocks run
+short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.engine.progress import Progress
+from quire.log import logger
+from quire.metrics import FinishedRequest, Metrics
+from quire.plan.memory import Plan
+from quire.scheduler.scheduler import Counters, Scheduler
+from quire.scheduler.step import Step
+
+log = logger(__name__)
+INTERVAL = 10.0
+
+
+class Stats:
+    """Turns the scheduler's totals into increments and, every INTERVAL seconds of work, into log lines."""
+
+    def __init__(
+        self, metrics: Metrics, scheduler: Scheduler, plan: Plan, clock: Callable[[], float], log_stats: bool
+    ) -> None:
+        self.metrics = metrics
+        self._scheduler, self._plan, self._clock, self._log_stats = scheduler, plan, clock, log_stats
+        self._told = Counters()
+        self._logged, self._prompt, self._generated, self._preempted = clock(), 0, 0, 0
+
+    def step(self, step: Step, generated: int) -> None:
+        """After every step; `generated`: tokens drawn."""
+        scheduler, now, told = self._scheduler, self._scheduler.counters, self._told
+        prompt = 0
+        for chunk in step.chunks:
+            sequence = scheduler.sequence(chunk.sequence)
+            if sequence is not None and chunk.start < sequence.prompt_length <= chunk.start + len(chunk.tokens):
+                prompt += sequence.prompt_length
+        self.metrics.observe_step(
+            scheduler.num_running,
+            scheduler.num_waiting,
+            step.num_tokens,
+            scheduler.usage,
+            now.preemptions - told.preemptions,
+            now.prefix_queries - told.prefix_queries,
+            now.prefix_hits - told.prefix_hits,
+            prompt_tokens=prompt,
+            generation_tokens=generated,
+        )
+        self._prompt += prompt
+        self._generated += generated
+        self._preempted += now.preemptions - told.preemptions
+        self._told = Counters(now.preemptions, now.prefix_queries, now.prefix_hits)
+        if self._clock() - self._logged >= INTERVAL:
+            self._log()
+
+    def finished(self, progress: Progress) -> None:
+        """A request has ended, in whatever way; also the place where gauges return to rest."""
+        params = progress.request.params
+        self.metrics.observe_finished(
+            FinishedRequest(
+                prompt_tokens=len(progress.request.prompt_token_ids),
+                generation_tokens=[len(sample.token_ids) for sample in progress.samples],
+                reasons=[sample.finish_reason or "abort" for sample in progress.samples],
+                times=progress.metrics,
+                n=params.n,
+                max_tokens=params.max_tokens,
+                cached_tokens=progress.num_cached_tokens,
+            )
+        )
+        self.rest()
+
+    def rest(self) -> None:
+        """Show the present numbers, without a step."""
+        scheduler = self._scheduler
+        self.metrics.observe_step(scheduler.num_running, scheduler.num_waiting, 0, scheduler.usage, 0, 0, 0)
+
+    def _log(self) -> None:
+        scheduler, seconds = self._scheduler, self._clock() - self._logged
+        counters = scheduler.counters
+        if self._log_stats:
+            log.info(
+                "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%, prefix hits %.1f %%",
+                self._prompt / seconds,
+                self._generated / seconds,
+                scheduler.num_running,
+                scheduler.num_waiting,
+                100 * scheduler.usage,
+                100 * counters.prefix_hits / max(1, counters.prefix_queries),
+            )
+        if self._preempted:
+            log.warning("%s", self._advice(seconds))
+        self._logged, self._prompt, self._generated, self._preempted = self._clock(), 0, 0, 0
+
+    def _advice(self, seconds: float) -> str:
+        """What would stop the preemptions, with values: the running sequences at the length that they may all reach."""
+        scheduler, plan = self._scheduler, self._plan
+        needed, sequences = scheduler.blocks_at_full_length(), scheduler.num_running + scheduler.num_waiting
+        return (
+            f"{self._preempted} preemptions in {seconds:.0f} s: {sequences} sequences may need "
+            f"{needed:,} KV blocks, there are {plan.num_blocks:,}. Either --kv-cache-memory-bytes "
+            f"{(needed + 1) * plan.bytes_per_block} or --max-num-seqs {max(1, scheduler.num_running)} would avoid them."
+        )
