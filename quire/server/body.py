@@ -47,9 +47,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_float)
     except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"the body must be JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from None
+        raise InvalidRequest(f"the body must be JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
     except RecursionError:
         raise InvalidRequest(f"the body must be nested at most {MAX_DEPTH} levels deep.") from None
     except InvalidRequest:

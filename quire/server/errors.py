@@ -11,13 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from quire.errors import InvalidRequest, NotFound, QuireError
 
-MAX_FIELD_ERRORS = 10
 MAX_MESSAGE = 2000
 DONT_RETRY = {"x-should-retry": "false"}
 
@@ -60,9 +58,6 @@ def describe(error: BaseException, request_id: str) -> tuple[int, dict[str, Any]
         return error.status, body(error.status, error.message), error.headers
     if isinstance(error, HTTPException):
         return error.status_code, body(error.status_code, str(error.detail)), dict(error.headers or {})
-    if isinstance(error, ValidationError):
-        message, param = field_message(error)
-        return 400, body(400, message, param=param), {}
     if isinstance(error, QuireError) and error.status != 500:
         param = error.parameter if isinstance(error, (InvalidRequest, NotFound)) else None
         return error.status, body(error.status, str(error), error.type, param), _headers_of(error)
@@ -93,51 +88,3 @@ def stripped(message: str) -> str:
 def _last_part(match: re.Match[str]) -> str:
     path = match.group()
     return path if path.startswith("/v1/") else path.rstrip("/").rsplit("/", 1)[-1]
-
-
-_WANTED = {
-    "string_type": "a string",
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-}
-
-
-def field_message(error: ValidationError) -> tuple[str, str | None]:
-    """(message, first field) of pydantic's findings: one sentence a field, alternatives joined, at most ten fields."""
-    fields: dict[str, tuple[list[str], Any]] = {}
-    for found in error.errors(include_url=False, include_context=True):
-        # Branches of a union appear as extra steps of the location; a field is a name and perhaps an index.
-        steps = [str(step) for step in found["loc"]]
-        name = ".".join(step for step in steps if re.fullmatch(r"[a-z_]+|\d+", step) and step not in _BRANCHES)
-        fields.setdefault(name, ([], found["input"]))[0].append(_wanted(found))
-    lines = [_sentence(name, wanted, value) for name, (wanted, value) in list(fields.items())[:MAX_FIELD_ERRORS]]
-    if len(fields) > MAX_FIELD_ERRORS:
-        lines.append(f"and {len(fields) - MAX_FIELD_ERRORS} more.")
-    return " ".join(lines), next(iter(fields), None) or None
-
-
-_BRANCHES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
-
-
-def _wanted(found: Any) -> str:
-    if found["type"] == "missing":
-        return "required"
-    if found["type"] == "literal_error":
-        return "one of " + found["ctx"]["expected"]
-    return _WANTED.get(found["type"], found["msg"][:1].lower() + found["msg"][1:])
-
-
-def _sentence(name: str, wanted: list[str], value: Any) -> str:
-    name = name or "the body"
-    if wanted == ["required"]:
-        return f"{name} is required."
-    shown = repr(value)
-    shown = shown if len(shown) <= 100 else shown[:97] + "..."
-    return f"{name} must be {' or '.join(dict.fromkeys(wanted))}, got {shown}."

@@ -85,9 +85,7 @@ class ServerOptions:
         if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port!r}.")
         if self.unknown_fields not in UNKNOWN_FIELDS:
-            raise ConfigError(
-                f"unknown_fields must be one of {', '.join(UNKNOWN_FIELDS)}, got {self.unknown_fields!r}."
-            )
+            raise ConfigError(f"unknown_fields must be one of {', '.join(UNKNOWN_FIELDS)}, got {self.unknown_fields!r}.")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with a slash, got {self.root_path!r}.")
         for name in ("max_num_queued_reqs", "max_num_queued_tokens", "max_requests_per_key"):

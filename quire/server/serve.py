@@ -121,9 +121,7 @@ class _Serving:
         await self._pause(self._options.drain_grace)
         application.lifecycle.close_door()
         if not await self._until_idle(application, self._options.shutdown_timeout, self._hurried):
-            reason = Unavailable(
-                "the server is shutting down and this request took too long to finish.", retry_after=10.0
-            )
+            reason = Unavailable("the server is shutting down and this request took too long to finish.", retry_after=10.0)
             log.warning("aborting %d requests that are not finished", application.abort_all(reason))
             await self._until_idle(application, ABORT_SECONDS, None)
 

@@ -32,6 +32,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
+def frame(event: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+
+
 class EventStream(Response):
     """A response that is written while it is computed."""
 
@@ -69,7 +74,7 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]
                 async for event in events:
-                    self._put(b"data: " + json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n\n")
+                    self._put(frame(event))
                     if self._too_slow:
                         return
         except Exception as error:
@@ -85,11 +90,11 @@ class EventStream(Response):
         if not isinstance(error, (HttpError, QuireError)):
             log.error("request %s failed", self._request_id, exc_info=error)
         _, body, _ = errors.describe(error, self._request_id)
-        self._put(b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n")
+        self._put(frame(body))
 
-    def _put(self, frame: bytes) -> None:
-        self._frames.append(frame)
-        self._unread += len(frame)
+    def _put(self, data: bytes) -> None:
+        self._frames.append(data)
+        self._unread += len(data)
         self._too_slow = self._unread > self._options.stream_buffer_bytes
         self._news.set()
 

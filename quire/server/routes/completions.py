@@ -16,8 +16,6 @@ LAYOUT = Layout("cmpl", completion_answer.whole, completion_answer.chunks)
 
 
 @router.post("/v1/completions", response_class=Response)
-async def completions(
-    request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]
-) -> Response:
+async def completions(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
     """Continue a text."""
     return await generate(request, body, body.to_request, LAYOUT)

@@ -38,9 +38,7 @@ def options_of(request: Request) -> ServerOptions:
     return request.app.state.options
 
 
-async def generate(
-    request: Request, body: SamplingBody, to_request: Callable[[str], TextRequest], layout: Layout
-) -> Response:
+async def generate(request: Request, body: SamplingBody, to_request: Callable[[str], TextRequest], layout: Layout) -> Response:
     """Run a generation and answer it."""
     application, options = application_of(request), options_of(request)
     model = application.check_model(body.model)
@@ -65,6 +63,7 @@ def _shape(request_id: str, model: str, body: SamplingBody, options: ServerOptio
         role=options.response_role,
         token_ids=body.return_token_ids,
         as_token_ids=options.return_tokens_as_token_ids if as_ids is None else as_ids,
+        prompt_logprobs=body.prompt_logprobs is not None,
         cached_tokens=options.enable_prompt_tokens_details,
         usage_at_end=body.wants_usage or options.enable_force_include_usage,
         usage_always=body.wants_running_usage,

@@ -30,16 +30,12 @@ async def tokenize(request: Request, body: Annotated[TokenizeBody, Depends(json_
 
 
 @router.post("/detokenize")
-async def detokenize(
-    request: Request, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]
-) -> dict[str, Any]:
+async def detokenize(request: Request, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]) -> dict[str, Any]:
     """The text of token ids."""
     application = application_of(request)
     application.check_model(body.model)
     vocabulary = application.engine.model_config.vocab_size
     outside = [token for token in body.tokens if not 0 <= token < vocabulary]
     if outside:
-        raise InvalidRequest(
-            f"tokens must be token ids in [0, {vocabulary - 1}], got {outside[:10]}.", parameter="tokens"
-        )
+        raise InvalidRequest(f"tokens must be token ids in [0, {vocabulary - 1}], got {outside[:10]}.", parameter="tokens")
     return {"prompt": await application.detokenize(body.tokens)}

@@ -23,6 +23,8 @@ class Shape:
     """Add the token ids themselves."""
     as_token_ids: bool = False
     """Write tokens in logprobs as `token_id:N`."""
+    prompt_logprobs: bool = False
+    """Report the prompt's log-probabilities in vLLM's layout."""
     cached_tokens: bool = False
     """Report cached tokens."""
     usage_at_end: bool = False

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quire.errors import InvalidRequest, did_you_mean
 from quire.log import logger
+from quire.server.schema.wording import field_message
 
 log = logger(__name__)
 
@@ -48,6 +49,15 @@ REFUSED: dict[str, str] = {
     "return_prompt_text": "use echo or /detokenize",
 }
 
+HARMLESS: dict[str, Any] = {
+    "suffix": "",
+    "reasoning_effort": "none",
+    "media_io_kwargs": {},
+    "mm_processor_kwargs": {},
+    "vllm_xargs": {},
+}
+"""Values of refused fields that ask for nothing; some clients always send them."""
+
 
 class RequestBody(BaseModel):
     """A JSON object with known fields; null means "not said" everywhere."""
@@ -55,13 +65,17 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     refused: ClassVar[dict[str, str]] = REFUSED
-    """Fields of this body that are refused by name, with the reason; an empty value is harmless and passes."""
+    """Fields of this body that are refused by name, with the reason."""
 
     @classmethod
     def read(cls, data: dict[str, Any], unknown: str) -> Self:
         """Check `data`; `unknown` says what becomes of unknown fields: error, warn or ignore."""
         cls._check_names(data, unknown)
-        return cls.model_validate({name: value for name, value in data.items() if value is not None})
+        try:
+            return cls.model_validate({name: value for name, value in data.items() if value is not None})
+        except ValidationError as error:
+            message, field = field_message(error)
+            raise InvalidRequest(message, parameter=field) from None
 
     @classmethod
     def _check_names(cls, data: dict[str, Any], unknown: str) -> None:
@@ -69,7 +83,7 @@ class RequestBody(BaseModel):
             if name in cls.model_fields or name in MEANINGLESS or value is None:
                 continue
             if name in cls.refused:
-                if value in ({}, "", False, "none"):
+                if name in HARMLESS and value == HARMLESS[name]:
                     continue
                 raise InvalidRequest(f"{name} is not supported: {cls.refused[name]}.", parameter=name)
             if unknown == "ignore":

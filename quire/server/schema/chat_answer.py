@@ -14,7 +14,7 @@ def whole(shape: Shape, result: Result) -> dict[str, Any]:
     made = shape.head("chat.completion")
     made["choices"] = [_choice(shape, choice) for choice in result.choices]
     made["usage"] = shape.usage(result.usage)
-    if result.prompts[0].prompt_logprobs is not None:
+    if shape.prompt_logprobs:
         made["prompt_logprobs"] = prompt_logprobs(result.prompts[0].prompt_logprobs)
     if shape.token_ids:
         made["prompt_token_ids"] = result.prompts[0].token_ids

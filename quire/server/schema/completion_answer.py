@@ -25,7 +25,7 @@ def _choice(shape: Shape, choice: Choice, prompt: PromptResult) -> dict[str, Any
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
-    if prompt.prompt_logprobs is not None:
+    if shape.prompt_logprobs:
         made["prompt_logprobs"] = prompt_logprobs(prompt.prompt_logprobs)
     if shape.token_ids:
         made["prompt_token_ids"], made["token_ids"] = prompt.token_ids, choice.token_ids

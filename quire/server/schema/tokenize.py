@@ -30,9 +30,7 @@ class TokenizeBody(RequestBody):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("give exactly one of prompt and messages.", parameter="prompt")
         if self.prompt is not None:
-            return TextRequest(
-                request_id, prompts=(self.prompt,), add_special_tokens=self.add_special_tokens is not False
-            )
+            return TextRequest(request_id, prompts=(self.prompt,), add_special_tokens=self.add_special_tokens is not False)
         return TextRequest(
             request_id,
             messages=plain_messages(self.messages or []),
