@@ -2,8 +2,7 @@
 
 There is no generator state to keep, share or lose: draw number `position` of a request is Philox4x32-10 (Salmon,
 Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11; the generator of Random123 and of CUDA)
-with the seed as its key and the position as its counter. This file knows weights, not logits; they need
-not sum to 1.
+with the seed as its key and the position as its counter. This file knows weights, not logits; they need not sum to 1.
 """
 
 from __future__ import annotations
@@ -41,26 +40,23 @@ def draw_in_token_order(weights: Tensor, masses: Tensor, uniforms: Tensor) -> Te
 
     The inverse of the cumulative distribution in order of token ids: first the block, then the token within it.
     """
-    target = uniforms * masses[:, -1]
-    block = _invert(masses, target)
-    end = masses.gather(1, block)
+    total = masses[:, -1:]
+    block = _invert(masses, uniforms.unsqueeze(1), total)
     before = torch.where(block > 0, masses.gather(1, (block - 1).clamp(min=0)), 0.0)
     # Where in the block's mass the target fell is a uniform number again.
-    share = (target.unsqueeze(1) - before) / (end - before)
+    share = (uniforms.unsqueeze(1) * total - before) / (masses.gather(1, block) - before)
     inside = weights.unflatten(-1, (-1, BLOCK)).gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
     sums = inside.double().cumsum(-1)
-    return (block * BLOCK + _invert(sums, share.squeeze(1) * sums[:, -1])).squeeze(1)
+    return (block * BLOCK + _invert(sums, share, sums[:, -1:])).squeeze(1)
 
 
 def draw_in_given_order(sums: Tensor, kept: Tensor, uniforms: Tensor) -> Tensor:
     """Places [R] drawn from running sums [R, K] of which the first `kept` [R] entries count."""
-    end = sums.gather(1, kept.unsqueeze(1) - 1).squeeze(1)
-    return torch.minimum(_invert(sums, uniforms * end).squeeze(1), kept - 1)
+    return _invert(sums, uniforms.unsqueeze(1), sums.gather(1, kept.unsqueeze(1) - 1)).squeeze(1)
 
 
-def _invert(sums: Tensor, target: Tensor) -> Tensor:
-    """First place [R, 1] where the running sum exceeds the target [R]: a place of weight zero is never chosen."""
-    place = torch.searchsorted(sums, target.unsqueeze(1), right=True)
-    # Rounding may lift the target to the very end: step back to the first place that reaches the whole sum.
-    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
-    return torch.minimum(place, last)
+def _invert(sums: Tensor, share: Tensor, end: Tensor) -> Tensor:
+    """First place [R, 1] where the running sums [R, K] exceed share * end, both [R, 1]: never a place of weight zero."""
+    place = torch.searchsorted(sums, share * end, right=True)
+    # Should rounding lift the target to the very end, the first place that reaches the end is meant.
+    return torch.minimum(place, torch.searchsorted(sums, end.contiguous()))

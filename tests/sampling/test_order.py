@@ -28,9 +28,7 @@ def greedy(logits: list[float], **options: Any) -> int:
 
 def test_raw_logprobs_come_before_everything() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    params = SamplingParams(
-        temperature=0.0, logprobs=2, logit_bias={3: 50.0}, allowed_token_ids=[1, 3], repetition_penalty=2.0
-    )
+    params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={3: 50.0}, allowed_token_ids=[1, 3], repetition_penalty=2.0)
     row = sample(logits, [SamplingRow(params, 0, 0, prompt_ids=[0, 3])])[0]
     raw = torch.log_softmax(logits, -1)[0].tolist()
     assert (row.token, row.logprob, row.rank) == (3, raw[3], 4)

@@ -55,7 +55,7 @@ def one(logits: torch.Tensor, row: SamplingRow) -> SampledRow:
 
 
 @given(logit_rows, sampling_rows())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_drawn_token_is_never_masked_and_never_filtered(logits: torch.Tensor, row: SamplingRow) -> None:
     drawn = one(logits, row)
     shaped = reference_logits(logits.numpy(), row)
@@ -77,7 +77,7 @@ def test_a_drawn_token_is_never_masked_and_never_filtered(logits: torch.Tensor, 
 
 
 @given(logit_rows, sampling_rows(top_k=1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_top_k_of_one_is_greedy(logits: torch.Tensor, row: SamplingRow) -> None:
     fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
     greedy = SamplingRow(**{**fields, "params": row.params.clone(temperature=0.0)})
@@ -85,7 +85,7 @@ def test_top_k_of_one_is_greedy(logits: torch.Tensor, row: SamplingRow) -> None:
 
 
 @given(logit_rows, sampling_rows())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_logprob_rank_and_alternatives_are_raw(logits: torch.Tensor, row: SamplingRow) -> None:
     drawn, asked = one(logits, row), row.params.logprobs
     if drawn.corrupted or asked is None:
@@ -104,7 +104,7 @@ def test_logprob_rank_and_alternatives_are_raw(logits: torch.Tensor, row: Sampli
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_poisoned_row_hurts_only_itself(
     pairs: list[tuple[torch.Tensor, SamplingRow]], poison: float, data: st.DataObject
 ) -> None:
