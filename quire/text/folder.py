@@ -194,8 +194,17 @@ def _mark_special(backend: Backend, special: set[str]) -> None:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
+def _has_template(processor: Mapping[str, Any]) -> bool:
+    """Whether a post-processor decides about tokens around the text; ByteLevel only mends offsets."""
+    return processor.get("type") != "ByteLevel" and (
+        processor.get("type") != "Sequence" or any(_has_template(one) for one in processor["processors"])
+    )
+
+
 def _prepend_and_append(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str], family: str) -> None:
-    """add_bos_token and add_eos_token of tokenizer_config.json count more than tokenizer.json's own post-processor."""
+    """add_bos_token and add_eos_token of tokenizer_config.json, unless tokenizer.json says itself what goes around a text."""
+    if backend.post_processor is not None and _has_template(json.loads(backend.post_processor.__getstate__())):
+        return
     if "add_bos_token" in config or "add_eos_token" in config:
         bos, eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
     elif backend.post_processor is None and (family == "opt" or str(config.get("tokenizer_class")).startswith(_PREPENDING)):
