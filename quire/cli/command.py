@@ -55,20 +55,18 @@ SYNONYMS: dict[str, str] = {
     "--model-path": "--model",
 }
 # vLLM's options for what Quire does not do (yet). Saying so is kinder than guessing a neighbour.
-NOT_BUILT: frozenset[str] = frozenset(
-    "--" + name
-    for name in (
-        "enable-lora lora-modules max-loras max-lora-rank max-cpu-loras lora-dtype fully-sharded-loras lora-target-modules "
-        "kv-cache-dtype calculate-kv-scales swap-space cpu-offload-gb kv-offloading-size speculative-config "
-        "speculative-model num-speculative-tokens data-parallel-size distributed-executor-backend enable-expert-parallel "
-        "quantization-param-path structured-outputs-config guided-decoding-backend reasoning-parser tool-call-parser "
-        "enable-auto-tool-choice enable-sleep-mode hf-overrides trust-remote-code load-format tokenizer-mode "
-        "skip-tokenizer-init limit-mm-per-prompt mm-processor-kwargs compilation-config hf-token otlp-traces-endpoint "
-        "enable-request-id-headers enable-log-requests max-log-len middleware disable-fastapi-docs allow-credentials "
-        "allowed-methods allowed-headers ssl-ca-certs ssl-cert-reqs logits-processors logprobs-mode "
-        "chat-template-content-format tokenizer-revision model-impl runner convert api-server-count headless config"
-    ).split()
-)
+_VLLM_ONLY = """
+    enable-lora lora-modules max-loras max-lora-rank max-cpu-loras lora-dtype fully-sharded-loras lora-target-modules
+    kv-cache-dtype calculate-kv-scales swap-space cpu-offload-gb kv-offloading-size speculative-config
+    speculative-model num-speculative-tokens data-parallel-size distributed-executor-backend enable-expert-parallel
+    quantization-param-path structured-outputs-config guided-decoding-backend reasoning-parser tool-call-parser
+    enable-auto-tool-choice enable-sleep-mode hf-overrides trust-remote-code load-format tokenizer-mode
+    skip-tokenizer-init limit-mm-per-prompt mm-processor-kwargs compilation-config hf-token otlp-traces-endpoint
+    enable-request-id-headers enable-log-requests max-log-len middleware disable-fastapi-docs allow-credentials
+    allowed-methods allowed-headers ssl-ca-certs ssl-cert-reqs logits-processors logprobs-mode
+    chat-template-content-format tokenizer-revision model-impl runner convert api-server-count headless config
+"""
+NOT_BUILT: frozenset[str] = frozenset("--" + name for name in _VLLM_ONLY.split())
 
 
 class SectionedCommand(click.Command):

@@ -125,7 +125,8 @@ def field_docs(kind: type) -> dict[str, str]:
     docs = {}
     for statement, after in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.dump(statement)
+            assert isinstance(after, ast.Expr), f"{kind.__name__}.{statement.target.id} has no docstring"
+            assert isinstance(after.value, ast.Constant)
             docs[statement.target.id] = " ".join(str(after.value.value).split())
     return docs
 

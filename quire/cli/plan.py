@@ -28,7 +28,7 @@ DOES_NOT_FIT = 4
 @with_options(options_of(EngineConfig, "Engine options", skip=("model",)))
 @click.command("plan", cls=SectionedCommand)
 @click.argument("model", default="quire-tiny")
-@click.option("--memory", type=HumanInteger(), help="Plan for a machine with this much free memory (such as 8G), not for this one.")
+@click.option("--memory", type=HumanInteger(), help="Plan for a machine with so much free memory (such as 8G).")
 @click.option("--cores", type=int, help="Plan for a machine with so many cores.")
 @json_flag
 def command(model: str, memory: int | None, cores: int | None, as_json: bool, **values: Any) -> int:
@@ -84,7 +84,7 @@ def stored_weight_bytes(folder: Path, model: ModelConfig) -> tuple[int, str]:
                 size = read_json(folder / name).get("metadata", {}).get("total_size")
                 if isinstance(size, int):
                     return size, f"{name}; the files are not on this machine"
-        return estimated_parameters(model) * ITEM_BYTES[model.dtype], "config.json, estimated; the files are not on this machine"
+        return estimated_parameters(model) * ITEM_BYTES[model.dtype], "config.json; the files are not on this machine"
 
 
 def estimated_parameters(model: ModelConfig) -> int:
@@ -99,7 +99,7 @@ def estimated_parameters(model: ModelConfig) -> int:
 def _machine(memory: int | None, cores: int | None) -> Hardware:
     hardware = probe()
     if memory is not None:
-        hardware = replace(hardware, memory_total=max(memory, hardware.memory_total), memory_free=memory)
+        hardware = replace(hardware, memory_total=memory, memory_free=memory)
     return replace(hardware, cores=cores) if cores is not None else hardware
 
 

@@ -85,5 +85,5 @@ def _server_values(values: dict[str, Any]) -> dict[str, Any]:
         try:
             values["allowed_origins"] = tuple(json.loads(origins[0]))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--allowed-origins must be origins or a JSON list of them, got {origins[0]!r} ({error}).") from None
+            raise ConfigError(f"--allowed-origins must be origins or a JSON list, got {origins[0]!r} ({error}).") from None
     return values
