@@ -195,3 +195,20 @@ def _union(*layers: Iterable[str]) -> list[str]:
 def _range_text(bounds: Range) -> str:
     low, high = bounds
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+# generation_config.json's names for what SamplingParams can take.
+_GENERATION_NAMES = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def recommended_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's generation_config.json recommends, under SamplingParams' names."""
+    found = {name: generation_config.get(theirs) for theirs, name in _GENERATION_NAMES.items()}
+    return {name: value for name, value in found.items() if value is not None}
