@@ -69,6 +69,9 @@ _VLLM_ONLY = """
 NOT_BUILT: frozenset[str] = frozenset("--" + name for name in _VLLM_ONLY.split())
 
 
+LAST_SECTIONS = ("Compatibility", "Options")
+
+
 class SectionedCommand(click.Command):
     """A command whose help groups options by their `section`, and which knows what an unknown flag was meant to be."""
 
@@ -78,7 +81,7 @@ class SectionedCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
-        for title in sorted(sections, key=lambda title: title == "Options"):
+        for title in sorted(sections, key=LAST_SECTIONS.__contains__):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
 

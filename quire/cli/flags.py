@@ -41,10 +41,9 @@ def human_integer(text: str) -> int:
 class HumanInteger(click.ParamType):
     """A whole number, also as 4k or 2M; with `words`, one of those."""
 
-    name = "integer"
-
     def __init__(self, words: tuple[str, ...] = ()) -> None:
         self.words = words
+        self.name = "|".join(["integer", *words])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if isinstance(value, int) or value in self.words:

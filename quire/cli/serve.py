@@ -40,9 +40,9 @@ def _always() -> list[click.Option]:
     ]
 
 
+@with_options(_always())
 @with_options(options_of(ServerOptions, "Server options"))
 @with_options(options_of(EngineConfig, "Engine options", skip=("model",)))
-@with_options(_always())
 @click.command("serve", cls=SectionedCommand)
 @click.argument("model", required=False)
 @click.option("--model", "model_flag", help="The same as MODEL.")
