@@ -120,12 +120,13 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(function)
     def run(*arguments: Any, **keywords: Any) -> Any:
         _check_clock()
-        piped = arguments[int(takes_context) :]
-        if name == "join" and len(piped) > 1 and isinstance(piped[1], str):
-            _check_arguments(name, piped[1], (list(piped[0]),), {})
-        elif name not in ("join", "default", "d") and piped:
-            _check_arguments(name, piped[0], piped[1:], keywords)
-        return _measured(function(*arguments, **keywords))
+        front, piped = arguments[: int(takes_context)], list(arguments[int(takes_context) :])
+        if name == "join" and piped:
+            piped[0] = list(piped[0])  # it may be a generator, which is read once only
+            _check_arguments(name, piped[1] if len(piped) > 1 else keywords.get("d", ""), (piped[0],), {})
+        elif name not in ("default", "d") and piped:
+            _check_arguments(name, piped[0], tuple(piped[1:]), keywords)
+        return _measured(function(*front, *piped, **keywords))
 
     return run
 
