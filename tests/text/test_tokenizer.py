@@ -180,3 +180,13 @@ def test_unknown_splitting_and_unknown_decoders_are_refused(tmp_path: Path) -> N
     write(tmp_path, "tokenizer.json", read | {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}})
     with pytest.raises(ModelError, match="decoder step 'BPEDecoder'"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_qwen2_splits_text_in_its_own_way(tmp_path: Path) -> None:
+    gpt2_folder(tmp_path)
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+    write(tmp_path, "config.json", {"model_type": "qwen2"})
+    ours, theirs = Tokenizer.from_folder(tmp_path), reference(tmp_path)
+    for text in SAMPLES:
+        assert ours.encode(text) == theirs.encode(text), text
+    assert ours.eos_token == theirs.eos_token == "<|endoftext|>"
