@@ -60,15 +60,15 @@ class Metrics:
 
     def __init__(self, model_name: str, max_model_len: int = 131_072) -> None:
         self._max_model_len = max_model_len
-        self._sources: list[tuple[str, str, Callable[[], float]]] = []
+        self._sources: dict[str, tuple[str, Callable[[], float]]] = {}
         self._cache_config: dict[str, Any] = {}
         self._build(model_name)
 
     def rename(self, model_name: str) -> None:
         """Label everything with the name that the server gives the model. Counters begin anew: call it first."""
         self._build(model_name)
-        for name, text, read in self._sources:
-            self._add_source(name, text, read)
+        for name, (text, _) in self._sources.items():
+            self._add_source(name, text)
         if self._cache_config:
             self.set_cache_config(**self._cache_config)
 
@@ -155,9 +155,11 @@ class Metrics:
         self._http.labels(endpoint=endpoint, status=str(status)).inc()
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A gauge `quire:<name>` whose value is read at each scrape; `read` must return at once."""
-        self._sources.append((name, text, read))
-        self._add_source(name, text, read)
+        """A gauge `quire:<name>` whose value is read at each scrape; `read` must return at once. The last reader counts."""
+        known = name in self._sources
+        self._sources[name] = (text, read)
+        if not known:
+            self._add_source(name, text)
 
     def render(self) -> bytes:
         """Prometheus text format."""
@@ -250,8 +252,8 @@ class Metrics:
             if longest > 1:
                 self._per_token.observe(decode / (longest - 1))
 
-    def _add_source(self, name: str, text: str, read: Callable[[], float]) -> None:
-        self._gauge(f"quire:{name}", text).set_function(read)
+    def _add_source(self, name: str, text: str) -> None:
+        self._gauge(f"quire:{name}", text).set_function(lambda: self._sources[name][1]())
 
     def _counter(self, name: str, text: str) -> Any:
         return Counter(name, text, ["model_name", "engine"], registry=self._registry).labels(self.model_name, "0")

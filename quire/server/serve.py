@@ -54,7 +54,7 @@ def serve(engine_config: EngineConfig, options: ServerOptions) -> None:
             Path(options.uds).unlink(missing_ok=True)
 
 
-class _Server(uvicorn.Server):
+class QuietServer(uvicorn.Server):
     """uvicorn without its own signal handlers: draining is more than closing connections."""
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ class _Serving:
     async def run(self) -> None:
         app = build_app(None, self._options)
         application: Application = app.state.application
-        server = _Server(_uvicorn_config(app, self._options))
+        server = QuietServer(uvicorn_config(app, self._options))
         self._handle_signals()
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
         log.info("listening on %s, loading %s", address(self._options, self._listening), self._engine_config.model)
@@ -167,7 +167,8 @@ class _Serving:
         log.info("try:  curl -N %s/v1/chat/completions -H 'Content-Type: application/json'%s -d '%s'", place, key, body)
 
 
-def _uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
+def uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
+    """uvicorn's settings for one application."""
     return uvicorn.Config(
         app,
         http=protocol_class(options),

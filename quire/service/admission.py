@@ -61,9 +61,7 @@ class Admission:
         most = self.limits.max_requests_per_key
         if most is not None and self._of_key[key] >= most:
             self._on_reject("key_concurrency")
-            raise TooManyRequests(
-                f"this API key has {most} requests in progress, which is its limit.", retry_after=RETRY_LOW
-            )
+            raise TooManyRequests(f"this API key has {most} requests in progress, which is its limit.", retry_after=RETRY_LOW)
         self._check_samples(1)
         self.samples += 1
         self._of_key[key] += 1

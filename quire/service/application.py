@@ -40,9 +40,7 @@ def load_engine(config: EngineConfig) -> Any:
 class Application:
     """Everything between the doors and the engine."""
 
-    def __init__(
-        self, limits: Limits, served_names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, limits: Limits, served_names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.lifecycle = Lifecycle()
         self.admission = Admission(limits, self._rejected, clock)

@@ -71,8 +71,7 @@ class Generation:
             for place, sample in enumerate(samples):
                 choices.append(self._choice(prompt_index, place, last[prompt_index], sample))
         prompts = [
-            PromptResult(prompt.token_ids, last[index].prompt_logprobs)
-            for index, prompt in enumerate(self.prepared.prompts)
+            PromptResult(prompt.token_ids, last[index].prompt_logprobs) for index, prompt in enumerate(self.prepared.prompts)
         ]
         return Result(choices=choices, prompts=prompts, usage=self.usage)
 
@@ -122,9 +121,7 @@ class Generation:
 
     # the client's side
 
-    def _piece(
-        self, prompt_index: int, index: int, output: RequestOutput, sample: CompletionOutput, *, first: bool
-    ) -> Piece:
+    def _piece(self, prompt_index: int, index: int, output: RequestOutput, sample: CompletionOutput, *, first: bool) -> Piece:
         prompt = self.prepared.prompts[prompt_index]
         only = self.request.echo_only
         if not only:
@@ -168,9 +165,7 @@ class Generation:
             return (final.get("content", ""), None) if final["role"] == "assistant" else ("", None)
         if output.prompt_logprobs is None or prompt.params.logprobs is None:
             return prompt.text, None
-        shown = logprobs.of_sample(
-            self._engine.tokenizer, prompt.token_ids, output.prompt_logprobs, prompt.params.logprobs
-        )
+        shown = logprobs.of_sample(self._engine.tokenizer, prompt.token_ids, output.prompt_logprobs, prompt.params.logprobs)
         return prompt.text, shown
 
     def _logprobs(self, prompt: PreparedPrompt, sample: CompletionOutput, only_echo: bool) -> list[TokenLogprob] | None:

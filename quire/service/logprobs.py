@@ -34,17 +34,13 @@ def _of_token(tokenizer: TokenTexts, token: int, at: LogprobsOfToken | None, mos
     if at is None:
         return _entry(tokenizer, token, None)
     ranked = sorted(at.items(), key=lambda item: (item[1].rank or 0, -item[1].logprob))
-    kept = [(id, found) for id, found in ranked if most == -1 or (found.rank or 0) <= most][
-        : None if most == -1 else most
-    ]
+    kept = [(id, found) for id, found in ranked if most == -1 or (found.rank or 0) <= most][: None if most == -1 else most]
     top = tuple(_entry(tokenizer, id, found.logprob) for id, found in kept)
     found = at.get(token)
     return _entry(tokenizer, token, found.logprob if found is not None else LOWEST, top)
 
 
-def _entry(
-    tokenizer: TokenTexts, token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()
-) -> TokenLogprob:
+def _entry(tokenizer: TokenTexts, token: int, logprob: float | None, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
     return TokenLogprob(
         token_id=token,
         token=tokenizer.token_text(token),

@@ -69,8 +69,7 @@ def _prepare(request: TextRequest, engine: Any, limits: Limits, stream: bool) ->
         values["logprobs"] = 0  # the cumulative log-probability that picks the best
     values["output_kind"] = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     prompts = tuple(
-        _prepare_prompt(text, ids, dict(values), beam_width, request, engine)
-        for text, ids in _tokenize(request, engine)
+        _prepare_prompt(text, ids, dict(values), beam_width, request, engine) for text, ids in _tokenize(request, engine)
     )
     return Prepared(prompts=prompts, n=request.n, drawn=drawn)
 
@@ -93,8 +92,8 @@ def _check_counts(request: TextRequest, engine: Any, limits: Limits, drawn: int,
         name = "n" if request.best_of is None else "best_of"
         raise InvalidRequest(
             f"{name} must be at least 1 and {name} x prompts at most {limits.max_samples}, got {drawn} x {count}.",
-            parameter=name,
-            value=drawn,
+            parameter="prompt" if count > limits.max_samples else name,
+            value=None if count > limits.max_samples else drawn,
         )
     if request.priority and engine.config.scheduling_policy != "priority":
         raise InvalidRequest(
