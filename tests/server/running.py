@@ -24,11 +24,11 @@ class RunningServer:
         self.options = ServerOptions(port=0, **options)
         self.app = build_app(engine, self.options)
         self.application: Application = self.app.state.application
-        self._listening = listen(self.options)
-        self.url = address(self.options, self._listening)
-        self.port: int = self._listening.getsockname()[1]
+        self.listening = listen(self.options)
+        self.url = address(self.options, self.listening)
+        self.port: int = self.listening.getsockname()[1]
         self._server = QuietServer(uvicorn_config(self.app, self.options))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._listening])))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self.listening])))
 
     def __enter__(self) -> RunningServer:
         self._thread.start()

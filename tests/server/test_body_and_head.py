@@ -188,7 +188,7 @@ def test_pipelined_requests(strict: RunningServer) -> None:
         one = HEAD + b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD
         connection.sendall(one + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         deadline, data = time.monotonic() + 5, b""
-        while data.count(b"HTTP/1.1 200") < 2 and time.monotonic() < deadline:
+        while b"alive" not in data and time.monotonic() < deadline:
             data += connection.recv(65536)
         assert b"text_completion" in data
         assert b"alive" in data
