@@ -51,7 +51,7 @@ EXIT_CODES: tuple[tuple[type[QuireError], int, str], ...] = (
     (ConfigError, 3, "an option has a wrong value"),
     (ModelError, 5, "the model's folder is missing, damaged or of an unknown family"),
     (InvalidRequest, 6, "the prompt or a sampling value is wrong"),
-    (Unavailable, 7, "the server cannot be reached or does not answer"),
+    (Unavailable, 7, "the server cannot be reached, or its engine has died"),
 )
 
 

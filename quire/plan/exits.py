@@ -79,7 +79,7 @@ def diagnose(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardwa
     """The account of wishes for which `find_plan` gave None."""
     wishes = Wishes.of(config, model, weight_bytes, hardware)
     tokens, sequences = wishes.steps()[-1]
-    length = wishes.length() or config.block_size
+    length = wishes.length() or min(config.block_size, model.max_position_embeddings)
     stated = wishes.stated_blocks()
     needed_blocks = -(-length // config.block_size)
     too_small = stated is not None and stated < needed_blocks
