@@ -37,20 +37,20 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest logits and their ids, both [R, count], best first, ties by lowest id; of padded rows [R, N]."""
-    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     for size in (BLOCK, SMALL_BLOCK):
-        if 2 * count * size <= logits.shape[-1]:
-            logits, ids = _best_blocks(logits, ids, count, size)
+        if 2 * count * size <= logits.shape[-1]:  # worth it: the search halves at least
+            return _largest_by_blocks(logits, count, size)
     values, order = logits.sort(dim=-1, descending=True, stable=True)
-    return values[:, :count], ids.gather(1, order[:, :count])
+    return values[:, :count], order[:, :count]
 
 
-def _best_blocks(logits: Tensor, ids: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Only the `count` best blocks of `size`, in their old order, so that a stable sort still puts the lowest id first."""
+def _largest_by_blocks(logits: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """`largest`, searched in the `count` best blocks of `size` only, kept in their old order so that ties stay in order."""
     blocks = logits.unflatten(-1, (-1, size))
     ranked = blocks.amax(-1).sort(dim=-1, descending=True, stable=True).indices
-    chosen = ranked[:, :count].sort(dim=-1).values.unsqueeze(-1).expand(-1, -1, size)
-    return blocks.gather(1, chosen).flatten(1), ids.unflatten(-1, (-1, size)).gather(1, chosen).flatten(1)
+    chosen = ranked[:, :count].sort(dim=-1).values
+    values, places = largest(blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, size)).flatten(1), count)
+    return values, chosen.gather(1, places // size) * size + places % size
 
 
 def block_masses(weights: Tensor) -> Tensor:

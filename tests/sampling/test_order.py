@@ -141,7 +141,8 @@ def test_bad_words_are_spelled_with_and_without_a_space() -> None:
 def test_min_tokens_mask_stops_only_until_then() -> None:
     stops = frozenset({1, 2})
     assert greedy([0.0, 2.0, 1.0], min_tokens=2, stop_ids=stops, output_ids=[0]) == 0
-    assert greedy([0.0, 2.0, 1.0], min_tokens=1, stop_ids=stops, output_ids=[0]) == 1
+    for bias in (None, {0: -1.0}):
+        assert greedy([0.0, 2.0, 1.0], min_tokens=1, stop_ids=stops, output_ids=[0], logit_bias=bias) == 1
 
 
 def test_grammar_mask_and_allowed_ids_both_hold() -> None:
