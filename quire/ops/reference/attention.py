@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.ops.reference.trial import cancelling
+
 SPAN = 128
 TILE = 8
 OTHER_TILES = (64, 1)
@@ -192,34 +194,35 @@ def _fold_spans(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[n, K, M, I] times [n, K, I, O], each of the n * K products by itself."""
-    count, heads = left.shape[:2]
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, (count, heads))
+    """[n, K, M, I] times [n, K, I, O], each of the n * K products by itself.
+
+    Two things let a BLAS sum in another order and are kept from it: a single row (a batch of products with M = 1 is not
+    bound by MKL's strict mode), and an operand stored transposed (whether `flatten` of a permuted tensor copies it
+    depends on n).
+    """
+    count, heads, rows, _ = left.shape
+    if rows == 1:
+        left = left.expand(-1, -1, 2, -1)
+    product = torch.bmm(left.flatten(0, 1).contiguous(), right.flatten(0, 1).contiguous())
+    return product[:, :rows].unflatten(0, (count, heads))
 
 
 @functools.cache
 def tile_sizes(grouped: int, size: int, threads: int) -> tuple[int, ...]:
     """The tile sizes, largest first, whose two products agree bit for bit with those of TILE rows."""
     del threads  # part of the key: a BLAS may split its work by it
-    generator = torch.Generator().manual_seed(size * 31 + grouped)
     rows = max(OTHER_TILES)
-    queries = torch.randn(1, rows, grouped, size, generator=generator)
-    k = torch.randn(1, 1, size, SPAN, generator=generator)
-    v = torch.randn(1, 1, SPAN, size, generator=generator)
 
-    def both(tile: Tensor) -> tuple[Tensor, Tensor]:
-        count = tile.shape[1]
-        scores = _product(tile.permute(0, 2, 1, 3).reshape(1, 1, grouped * count, size), k)
-        values = _product(torch.exp(scores - scores.amax(-1, keepdim=True)), v)
-        return tuple(x.view(grouped, count, -1).transpose(0, 1) for x in (scores, values))
+    def agrees(tile: int, inner: int, columns: int) -> bool:
+        left, right = cancelling(rows * grouped, inner, columns, torch.float32)
 
-    expected = [torch.cat(parts) for parts in zip(*map(both, queries.split(TILE, 1)), strict=True)]
-    agreeing = [
-        candidate
-        for candidate in OTHER_TILES
-        if all(
-            torch.equal(torch.cat(parts), whole)
-            for parts, whole in zip(zip(*map(both, queries.split(candidate, 1)), strict=True), expected, strict=True)
-        )
-    ]
+        def product(tile: int) -> Tensor:
+            # as in _attend: the heads of a group one after the other, each with its tile of rows
+            tiles = left.view(-1, tile, grouped, inner).transpose(1, 2).reshape(-1, 1, grouped * tile, inner)
+            out = _product(tiles, right.expand(len(tiles), 1, inner, columns))
+            return out.view(-1, grouped, tile, columns).transpose(1, 2).reshape(-1, columns)
+
+        return torch.equal(product(tile), product(TILE))
+
+    agreeing = [tile for tile in OTHER_TILES if agrees(tile, size, SPAN) and agrees(tile, SPAN, size)]
     return tuple(sorted([*agreeing, TILE], reverse=True))
