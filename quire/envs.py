@@ -31,6 +31,16 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def threads() -> int | None:
+    """OMP_NUM_THREADS: compute threads if --threads is not given (the same variable as torch's)."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not first:
+        return None
+    if not first.isdigit() or int(first) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS must be a whole number of at least 1, got {first!r}.")
+    return int(first)
+
+
 def cache_dir() -> Path:
     """QUIRE_CACHE: where Quire keeps what can be made again."""
     return Path(os.environ.get("QUIRE_CACHE") or Path.home() / ".cache" / "quire")

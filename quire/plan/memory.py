@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quire import envs
 from quire.config import AUTO, EngineConfig
 from quire.errors import ConfigError, DoesNotFit
 from quire.plan.activations import activation_bytes
@@ -223,7 +224,7 @@ class Wishes:
             max_num_batched_tokens=tokens,
             block_size=config.block_size,
             num_blocks=blocks,
-            threads=config.threads or self.hardware.cores,
+            threads=config.threads or envs.threads() or self.hardware.cores,
             weight_bytes=self.weights,
             activation_bytes=self.step_bytes(tokens, sequences),
             runtime_bytes=RUNTIME_BYTES,
@@ -268,7 +269,7 @@ class Wishes:
             "max_num_seqs": self._reason("max_num_seqs", sequences, DEFAULT_SEQS),
             "gpu_memory_utilization": self._reason("gpu_memory_utilization", None, None),
             "block_size": "default" if config.block_size == EngineConfig.block_size else "flag",
-            "threads": "flag" if config.threads else "plan",
+            "threads": "flag" if config.threads else "OMP_NUM_THREADS" if envs.threads() else "plan",
             "num_blocks": "plan",
         }
         if config.max_model_len is None and "max_model_len" not in self.preset:

@@ -2,7 +2,7 @@
 
 A BLAS picks its kernel, and with it the order of summation, by the number of rows. So a product here only ever has 1, 16,
 64 or 256 rows (the last group is padded), and a size other than 16 is used only after a trial on this machine, with the
-very shape and type at hand, gave the same bits as groups of 16.
+very shape and type at hand, gave the same bits as groups of 16 (on data made to tell: see `trial.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 
 import torch
 from torch import Tensor
+
+from quire.ops.reference.trial import cancelling
 
 GROUP = 16
 OTHER_SIZES = (256, 64, 1)
@@ -45,9 +47,8 @@ def group_sizes(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> 
     del threads  # part of the key: a BLAS may split its work by it
     if inputs * outputs > MOST_WEIGHTS_TO_TRY:
         return (GROUP,)
-    generator = torch.Generator().manual_seed(inputs * 31 + outputs)
-    x = torch.randn(max(OTHER_SIZES), inputs, generator=generator).to(dtype)
-    transposed = torch.randn(outputs, inputs, generator=generator).to(dtype).t()
+    x, right = cancelling(max(OTHER_SIZES), inputs, outputs, dtype)
+    transposed = right.t().contiguous().t()  # laid out as a weight [O, I] is
     expected = torch.cat([torch.mm(group, transposed) for group in x.split(GROUP)])
     agreeing = [
         size
