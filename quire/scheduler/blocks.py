@@ -7,6 +7,7 @@ first) or held (by one or more tables). Block 0 is the null block: it pads table
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 
 class BlockPool:
@@ -65,7 +66,7 @@ class BlockPool:
             else:
                 self._cached[block] = key
 
-    def release_all(self, blocks: list[int]) -> None:
+    def release_all(self, blocks: Sequence[int]) -> None:
         """Release a table from its tail, so that of one sequence the tail is evicted first."""
         for block in reversed(blocks):
             self.release(block)

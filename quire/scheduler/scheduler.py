@@ -10,29 +10,17 @@ Between the two, further steps may be planned (their unknown tokens are placehol
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quire.errors import InvalidRequest
 from quire.request import EngineRequest
 from quire.scheduler.blocks import BlockPool
-from quire.scheduler.prefix import next_key
+from quire.scheduler.limits import Limits
 from quire.scheduler.sequence import Group, Sequence
 from quire.scheduler.step import Chunk, Step
-
-
-@dataclass
-class Limits:
-    """Active limits; all but the block size and the pool may be changed while the engine runs."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int = 16
-    long_prefill_token_threshold: int = 0
-    policy: str = "fcfs"
-    prefix_caching: bool = True
+from quire.scheduler.tables import Tables
 
 
 @dataclass
@@ -52,6 +40,7 @@ class Scheduler:
         self.pool = pool
         self.counters = Counters()
         self._root_of = root_of
+        self._tables = Tables(limits, pool)
         self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
@@ -84,7 +73,7 @@ class Scheduler:
 
     def blocks_at_full_length(self) -> int:
         """Blocks that all present sequences would hold together if each grew to its longest."""
-        return sum(self._blocks_for(sequence.max_length) for sequence in self._sequences.values())
+        return sum(self._tables.blocks_for(sequence.max_length) for sequence in self._sequences.values())
 
     def sequence(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
@@ -100,9 +89,9 @@ class Scheduler:
         if request.request_id in self._groups:
             raise InvalidRequest(f"request_id {request.request_id!r} is already in use.", parameter="request_id")
         longest = self._longest(request)
-        if self._blocks_for(longest) > self.pool.num_blocks:
+        if self._tables.blocks_for(longest) > self.pool.num_blocks:
             raise InvalidRequest(
-                f"{longest} tokens need {self._blocks_for(longest)} KV blocks, there are {self.pool.num_blocks}.",
+                f"{longest} tokens need {self._tables.blocks_for(longest)} KV blocks, there are {self.pool.num_blocks}.",
                 parameter="max_tokens",
                 value=longest,
             )
@@ -142,7 +131,7 @@ class Scheduler:
             child = self._new_sequence(group, index, [*parent.tokens, token], parent.max_length)
             children.append((child, parent))
         for child, parent in children:
-            self._share_blocks(parent, child)
+            self._tables.share(parent, child)
         for parent in parents:
             self._drop(parent)
         # Children that share a parent's blocks go on running while there is room; the others wait their turn.
@@ -152,9 +141,7 @@ class Scheduler:
 
     def forget_prefixes(self) -> None:
         """Nothing computed so far will be reused (new weights, or a step that failed)."""
-        self.pool.forget()
-        for sequence in self._sequences.values():
-            sequence.num_registered = 0
+        self._tables.forget(self._sequences.values())
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +156,8 @@ class Scheduler:
                 self._plan_running(sequence, plan)
         if not plan.short:
             self._admit(plan)
-        if not plan.chunks and self._waiting and self._preempt_idle(plan):
+        if not plan.chunks:
+            self._clear_idle(plan)
             self._admit(plan)
         if not plan.chunks:
             return None
@@ -187,14 +175,14 @@ class Scheduler:
                 sequence.tokens.append(drawn[number])
                 sequence.num_pending -= 1
                 grown.append(sequence)
-                self._register(sequence)
+                self._tables.register(sequence)
         return grown
 
     def _plan_running(self, sequence: Sequence, plan: _Plan) -> None:
         count = self._chunk_size(sequence, plan.budget)
         if count == 0:
             return
-        while self._blocks_short(sequence, count) > self.pool.num_free:
+        while not self._tables.reserve(sequence, count, plan.copies):
             victim, plan.short = self._running[-1], True
             self._preempt(victim, plan)
             if victim is sequence:
@@ -202,57 +190,86 @@ class Scheduler:
         self._plan_chunk(sequence, count, plan)
 
     def _admit(self, plan: _Plan) -> None:
-        while self._waiting and plan.budget > 0 and len(self._running) < self.limits.max_num_seqs:
-            sequence = self._waiting[0]
-            if sequence.num_wanted == 0:
-                break  # its last token is in flight
-            found = self._find_prefix(sequence)
-            # Cached blocks that are found leave the free ones, so both must have room together, for all known tokens:
-            # a prompt that is begun but cannot be finished would be computed twice.
-            revived = sum(1 for block in found if self.pool.holders(block) == 0)
-            if self._blocks_for(sequence.num_known) - len(found) + revived > self.pool.num_free:
+        promised = self._promised()
+        while plan.budget > 0 and (sequence := self._first_waiting()) is not None:
+            found = self._room_for(sequence, promised)
+            if found is None:
                 break
-            self._waiting.pop(0)
-            self._reuse(sequence, found)
-            insort(self._running, sequence, key=_order)
-            sequence.running = True
-            self._plan_chunk(sequence, self._chunk_size(sequence, plan.budget), plan)
+            self._start(sequence, found)
+            count = self._chunk_size(sequence, plan.budget)
+            reserved = self._tables.reserve(sequence, count, plan.copies)
+            assert reserved, "a sequence was let in without room"
+            self._plan_chunk(sequence, count, plan)
+            promised += self._tables.promised(sequence)
 
     def _make_way(self, plan: _Plan) -> None:
-        """By priority: running sequences of less priority give way to a waiting one that cannot enter otherwise."""
-        if self.limits.policy != "priority" or not self._waiting:
+        """By priority: waiting sequences that this step could compute go before running ones of less priority, which give
+        way where both cannot run."""
+        if self.limits.policy != "priority":
             return
-        head = self._waiting[0]
-        while self._running and self._running[-1].group.priority > head.group.priority:
-            fits = self._blocks_for(head.num_known) <= self.pool.num_free
-            if fits and len(self._running) < self.limits.max_num_seqs:
+        while self._running and (head := self._first_waiting()) is not None:
+            priority = head.group.priority
+            ahead = sum(sequence.num_wanted for sequence in self._running if sequence.group.priority <= priority)
+            if self._running[-1].group.priority <= priority or ahead >= plan.budget:
                 return
-            self._preempt(self._running[-1], plan)
+            found = self._room_for(head, self._promised())
+            if found is None:
+                self._preempt(self._running[-1], plan)
+            else:
+                self._start(head, found)
 
-    def _preempt_idle(self, plan: _Plan) -> bool:
-        """Sequences that run but have nothing to compute (beams that wait for a sibling) give way, last first."""
-        needed = self._blocks_for(self._waiting[0].num_known)
-        before = len(plan.preempted)
-        while self._running and (needed > self.pool.num_free or len(self._running) >= self.limits.max_num_seqs):
-            if self._running[-1].num_pending:
-                break
-            self._preempt(self._running[-1], plan)
-        return len(plan.preempted) > before
+    def _clear_idle(self, plan: _Plan) -> None:
+        """Nothing can be computed but what cannot enter: beams that only wait for their siblings give way, last first."""
+        head = self._first_waiting()
+        for sequence in reversed(self._running[:]):
+            if head is None or self._room_for(head, self._promised()) is not None:
+                return
+            if sequence.offered:
+                self._preempt(sequence, plan)
+
+    def _first_waiting(self) -> Sequence | None:
+        """The next to enter. Who waits but has nothing to compute (its last token is in flight, or its siblings') holds
+        nobody up."""
+        return next((sequence for sequence in self._waiting if sequence.num_wanted), None)
+
+    def _room_for(self, sequence: Sequence, promised: int) -> list[int] | None:
+        """The blocks to begin with, None if the sequence cannot enter. There must be room for all that is known of it, and of
+        those that run: a prompt that is begun but cannot be finished would be computed twice."""
+        if len(self._running) >= self.limits.max_num_seqs:
+            return None
+        found = self._tables.find(sequence)
+        return found if self._tables.cost_of_entry(sequence, found) + promised <= self.pool.num_free else None
+
+    def _promised(self) -> int:
+        return sum(map(self._tables.promised, self._running)) if self._waiting else 0
+
+    def _start(self, sequence: Sequence, found: list[int]) -> None:
+        _remove(self._waiting, sequence)
+        self._tables.begin(sequence, found)
+        insort(self._running, sequence, key=_order)
+        sequence.running = True
+        if sequence.num_cached < 0:
+            sequence.num_cached = sequence.num_computed
+            if self._tables.reads_prefixes(sequence):
+                self.counters.prefix_queries += sequence.num_known
+                self.counters.prefix_hits += sequence.num_computed
 
     def _plan_chunk(self, sequence: Sequence, count: int, plan: _Plan) -> None:
+        """Plan `count` tokens, whose blocks are reserved."""
         start = sequence.num_computed
-        self._reserve(sequence, count, plan)
         chunk_tokens = sequence.slice(start, count)
         sequence.num_computed += count
         plan.budget -= count
         draws: tuple[int, ...] = ()
         if sequence.num_computed == sequence.num_known:
             draws = (sequence.id,)
-            if sequence.group.request.beam is None:
+            if sequence.group.request.beam is not None:
+                sequence.offered = True
+            else:
                 sequence.num_pending += 1
                 draws += self._fork(sequence)
-        self._register(sequence)
-        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, tuple(sequence.blocks), draws))
+        self._tables.register(sequence)
+        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, sequence.blocks[:], draws))
 
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
         threshold = self.limits.long_prefill_token_threshold
@@ -266,17 +283,11 @@ class Scheduler:
         for index in range(1, group.to_fork + 1):
             child = self._new_sequence(group, index, list(first.tokens), first.max_length)
             child.num_pending = 1
-            self._share_blocks(first, child)
+            self._tables.share(first, child)
             self._enter(child)
             children.append(child.id)
         group.to_fork = 0
         return tuple(children)
-
-    def _share_blocks(self, parent: Sequence, child: Sequence) -> None:
-        for block in parent.blocks:
-            self.pool.share(block)
-        child.blocks, child.keys, child.num_registered = list(parent.blocks), list(parent.keys), parent.num_registered
-        child.num_computed, child.num_cached = parent.num_computed, parent.num_cached
 
     def _enter(self, sequence: Sequence) -> None:
         """Run at once if there is a place, else wait without blocks (their content may still be found)."""
@@ -284,80 +295,13 @@ class Scheduler:
             sequence.running = True
             insort(self._running, sequence, key=_order)
             return
-        self._give_back(sequence)
+        self._tables.give_back(sequence)
         insort(self._waiting, sequence, key=_order)
 
-    # -- blocks -------------------------------------------------------------------------------------------------------
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.limits.block_size)
-
-    def _blocks_short(self, sequence: Sequence, count: int) -> int:
-        new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-        return new + (self._shared_tail(sequence) is not None)
-
-    def _shared_tail(self, sequence: Sequence) -> int | None:
-        """Index of the half-filled block that the next token goes to, if others hold it too."""
-        index, offset = divmod(sequence.num_computed, self.limits.block_size)
-        if offset and self.pool.holders(sequence.blocks[index]) > 1:
-            return index
-        return None
-
-    def _reserve(self, sequence: Sequence, count: int, plan: _Plan) -> None:
-        tail = self._shared_tail(sequence)
-        if tail is not None:
-            shared, own = sequence.blocks[tail], self.pool.take()
-            plan.copies.append((shared, own))
-            self.pool.release(shared)
-            sequence.blocks[tail] = own
-        while len(sequence.blocks) < self._blocks_for(sequence.num_computed + count):
-            sequence.blocks.append(self.pool.take())
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the sequence's longest known prefix; at least one token is left to compute."""
-        if not self.limits.prefix_caching or sequence.group.request.params.skip_reading_prefix_cache:
-            return []
-        self._extend_keys(sequence, len(sequence.tokens) // self.limits.block_size)
-        found = []
-        for key in sequence.keys[: (sequence.num_known - 1) // self.limits.block_size]:
-            block = self.pool.find(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def _reuse(self, sequence: Sequence, found: list[int]) -> None:
-        for block in found:
-            self.pool.share(block)
-        sequence.blocks = found
-        sequence.num_computed = len(found) * self.limits.block_size
-        sequence.num_registered = len(found)
-        if sequence.num_cached < 0:
-            sequence.num_cached = sequence.num_computed
-            self.counters.prefix_queries += sequence.num_known
-            self.counters.prefix_hits += sequence.num_computed
-
-    def _extend_keys(self, sequence: Sequence, blocks: int) -> None:
-        size = self.limits.block_size
-        while len(sequence.keys) < blocks:
-            number = len(sequence.keys)
-            parent = sequence.keys[-1] if number else sequence.group.root
-            sequence.keys.append(next_key(parent, sequence.tokens[number * size : (number + 1) * size]))
-
-    def _register(self, sequence: Sequence) -> None:
-        """Make the full blocks findable. They may still be in flight: whoever finds them runs after, or in the same step,
-        where all keys are written before any is read."""
-        if not self.limits.prefix_caching:
-            return
-        full = min(sequence.num_computed, len(sequence.tokens)) // self.limits.block_size
-        self._extend_keys(sequence, full)
-        for number in range(sequence.num_registered, full):
-            self.pool.register(sequence.blocks[number], sequence.keys[number])
-        sequence.num_registered = max(sequence.num_registered, full)
-
     def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
-        self._running.remove(sequence)
-        self._give_back(sequence)
+        _remove(self._running, sequence)
+        sequence.running = False
+        self._tables.give_back(sequence)
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
         plan.preempted.append(sequence.id)
@@ -368,7 +312,7 @@ class Scheduler:
     def _longest(self, request: EngineRequest) -> int:
         prompt, most = len(request.prompt_token_ids), request.params.max_tokens
         limit = self.limits.max_model_len
-        return limit if most is None else min(limit, prompt + most)
+        return max(prompt, limit if most is None else min(limit, prompt + most))
 
     def _new_sequence(self, group: Group, index: int, tokens: list[int], max_length: int) -> Sequence:
         sequence = Sequence(
@@ -378,16 +322,10 @@ class Scheduler:
         self._sequences[sequence.id] = group.sequences[sequence.id] = sequence
         return sequence
 
-    def _give_back(self, sequence: Sequence) -> None:
-        """Release the sequence's blocks: nothing of it is computed any more."""
-        self.pool.release_all(sequence.blocks)
-        sequence.running, sequence.blocks, sequence.num_computed, sequence.num_registered = False, [], 0, 0
-
     def _drop(self, sequence: Sequence) -> None:
-        queue = self._running if sequence.running else self._waiting
-        if sequence in queue:
-            queue.remove(sequence)
-        self._give_back(sequence)
+        _remove(self._running if sequence.running else self._waiting, sequence)
+        self._tables.give_back(sequence)
+        sequence.running = False
         del self._sequences[sequence.id], sequence.group.sequences[sequence.id]
 
 
@@ -404,3 +342,9 @@ class _Plan:
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order
+
+
+def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+    place = bisect_left(queue, sequence.order, key=_order)
+    assert queue[place] is sequence
+    del queue[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from quire.request import EngineRequest
@@ -15,7 +16,8 @@ class Sequence:
     tokens: prompt and output as far as they are on the host. num_pending: tokens that steps in flight will add.
     num_computed: tokens whose keys and values are in `blocks` (or will be, once the steps in flight have run).
     keys: prefix keys of the full blocks so far, num_registered of which others can find.
-    max_length: no token is added beyond it.
+    max_length: no token is added beyond it. offered: a beam whose next tokens are drawn; it has no more to compute until its
+    group branches. order: first come, first served - within a priority.
     """
 
     id: int
@@ -26,13 +28,18 @@ class Sequence:
     max_length: int
     num_pending: int = 0
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("q"))
     keys: list[bytes] = field(default_factory=list)
     num_registered: int = 0
     running: bool = False
+    offered: bool = False
     num_preemptions: int = 0
     num_cached: int = -1
     """Tokens found in the prefix cache when the sequence first ran; -1 before."""
+    order: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = (self.group.priority, self.group.arrival, self.id)
 
     @property
     def num_known(self) -> int:
@@ -41,17 +48,15 @@ class Sequence:
     @property
     def num_wanted(self) -> int:
         """Known tokens that are not computed; none for a sequence that pending tokens have brought to its full length."""
-        return 0 if self.num_known >= self.max_length and self.num_pending else self.num_known - self.num_computed
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """First come, first served - within a priority."""
-        return (self.group.priority, self.group.arrival, self.id)
+        known = len(self.tokens) + self.num_pending
+        if self.offered or (self.num_pending and known >= self.max_length):
+            return 0
+        return known - self.num_computed
 
     def slice(self, start: int, count: int) -> tuple[int, ...]:
         """`count` known tokens from `start`, PLACEHOLDER for those in flight."""
-        known = self.tokens[start : start + count]
-        return tuple(known) + (PLACEHOLDER,) * (count - len(known))
+        known = tuple(self.tokens[start : start + count])
+        return known + (PLACEHOLDER,) * (count - len(known))
 
 
 @dataclass(eq=False)

@@ -1,0 +1,18 @@
+"""What the scheduler obeys. Wishes become limits in the plan; the active ones may change while the engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Limits:
+    """Active limits; all but the block size may be changed between steps."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int = 16
+    long_prefill_token_threshold: int = 0
+    policy: str = "fcfs"
+    prefix_caching: bool = True
