@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -52,8 +52,10 @@ class EventStream(Response):
         self._opened = False
         self._ended = self._gone = self._too_slow = False
         self._failure: Exception | None = None
+        self._cut_connection: Callable[[], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._cut_connection = scope.get("state", {}).get("cut_connection")
         taking = asyncio.create_task(self._take())
         going = asyncio.create_task(until_gone(receive))
         going.add_done_callback(self._note_gone)
@@ -66,7 +68,6 @@ class EventStream(Response):
         finally:
             await stop(taking, going)
         if self._gone or self._too_slow:
-            self._cut(scope)
             raise ClientGone
 
     async def _take(self) -> None:
@@ -95,7 +96,8 @@ class EventStream(Response):
     def _put(self, data: bytes) -> None:
         self._frames.append(data)
         self._unread += len(data)
-        self._too_slow = self._unread > self._options.stream_buffer_bytes
+        if self._unread > self._options.stream_buffer_bytes:
+            self._cut()
         self._news.set()
 
     async def _write(self, send: Send) -> None:
@@ -108,7 +110,7 @@ class EventStream(Response):
                     self._frames.clear()
                     await send({"type": "http.response.body", "body": frames, "more_body": not ended})
             except TimeoutError:
-                self._too_slow = True
+                self._cut()
             self._unread = sum(map(len, self._frames))
             if ended:
                 return
@@ -128,10 +130,11 @@ class EventStream(Response):
             self._gone = True
             self._news.set()
 
-    def _cut(self, scope: Scope) -> None:
-        """Drop the connection at once: a polite close would wait for the reader that does not read."""
+    def _cut(self) -> None:
+        """Drop the connection at once: a polite close would wait for the reader that does not read, and so would a write."""
         if self._too_slow:
-            log.warning("request %s: the stream was not read in time and is cut off", self._request_id)
-            cut = scope.get("state", {}).get("cut_connection")
-            if cut is not None:
-                cut()
+            return
+        self._too_slow = True
+        log.warning("request %s: the stream was not read in time and is cut off", self._request_id)
+        if self._cut_connection is not None:
+            self._cut_connection()

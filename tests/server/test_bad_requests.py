@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -113,8 +112,8 @@ CHAT: list[tuple[str, Any, str]] = [
 
 
 @pytest.fixture(scope="module")
-def expected(server: RunningServer) -> Iterator[Any]:
-    yield httpx.post(f"{server.url}/v1/completions", json=GOOD).json()["choices"]
+def expected(server: RunningServer) -> Any:
+    return httpx.post(f"{server.url}/v1/completions", json=GOOD).json()["choices"]
 
 
 def refused(client: httpx.Client, path: str, body: dict[str, Any], field: str, words: str, expected: Any) -> None:

@@ -103,7 +103,8 @@ def test_token_ids_and_names(client: httpx.Client) -> None:
     ]
     events = stream(client, PATH, {**HELLO, "return_token_ids": True, "ignore_eos": True})
     assert events[0]["prompt_token_ids"] == body["prompt_token_ids"]
-    assert sum((c.get("token_ids", []) for e in events for c in e["choices"]), []) == choice["token_ids"]
+    streamed = [token for event in events for part in event["choices"] for token in part.get("token_ids", [])]
+    assert streamed == choice["token_ids"]
 
 
 def test_prompt_logprobs(client: httpx.Client) -> None:
@@ -120,7 +121,8 @@ def test_continue_and_echo(client: httpx.Client) -> None:
     count = client.post("/tokenize", json={"messages": messages, "continue_final_message": True}).json()["count"]
     assert body["usage"]["prompt_tokens"] == count
     plain = ask(client, messages=messages, continue_final_message=True, temperature=0)
-    events = stream(client, PATH, {**HELLO, "messages": messages, "continue_final_message": True, "temperature": 0, "echo": True})
+    asked = {**HELLO, "messages": messages, "continue_final_message": True, "temperature": 0, "echo": True}
+    events = stream(client, PATH, asked)
     assert texts(events)[0] == "jumps over" + plain["choices"][0]["message"]["content"]
 
 
