@@ -109,9 +109,9 @@ class Ticket:
         if most is not None and samples > most:
             raise InvalidRequest(f"n x prompts must be at most {most} on this server, got {samples}.", parameter="n")
         house._check_samples(samples - self._samples)
-        house._check_tokens(tokens)
+        house._check_tokens(tokens - self._tokens)
         house.samples += samples - self._samples
-        house.backlog_tokens += tokens
+        house.backlog_tokens += tokens - self._tokens
         self._samples, self._tokens = samples, tokens
 
     def computed(self, tokens: int) -> None:

@@ -93,11 +93,8 @@ class Application:
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under, or NotFound. No name means the one model that is served."""
-        if not name:
-            return self.model_names[0]
-        if name in self.model_names:
-            return name
-        if not self._served_names and name == self.engine.config.model:
+        known = self.model_names if self._served_names else (*self.model_names, self.engine.config.model)
+        if not name or name in known:
             return self.model_names[0]
         raise NotFound(f"The model `{name[:200]}` does not exist.", parameter="model")
 

@@ -25,7 +25,8 @@ async def models(request: Request) -> dict[str, Any]:
 async def model(request: Request, name: str) -> dict[str, Any]:
     """One model."""
     application = application_of(request)
-    return _card(application, application.check_model(name))
+    application.check_model(name)
+    return _card(application, name)
 
 
 @router.get("/v1/presets")
