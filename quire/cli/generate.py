@@ -39,7 +39,7 @@ def command(prompt: str | None, as_chat: bool, system: str | None, verbose: bool
 
     Counts and speeds go to standard error. --json prints text and counts as one object instead.
     """
-    sampling = {"max_tokens": DEFAULT_MAX_TOKENS, **given_sampling(values)}
+    sampling = given_sampling(values)
     check(sampling)
     text = _prompt(prompt)
     log.setup("INFO" if verbose else "WARNING")
@@ -52,6 +52,7 @@ def command(prompt: str | None, as_chat: bool, system: str | None, verbose: bool
         prompts=() if is_chat else (text,),
         messages=messages if is_chat else None,
         sampling=sampling,
+        max_tokens_default=DEFAULT_MAX_TOKENS,
         preset=values.get("preset"),
         add_special_tokens=not is_chat,
     )

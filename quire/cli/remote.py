@@ -39,6 +39,8 @@ class RemoteModel:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if request.max_tokens_default is not None:
+            body.setdefault("max_tokens", request.max_tokens_default)
         if request.preset is not None:
             body["preset"] = request.preset
         connection, response = self._send("POST", "/v1/chat/completions" if chat else "/v1/completions", body)

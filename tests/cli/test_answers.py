@@ -199,6 +199,12 @@ def test_generate_here(quire: Quire, tiny_llama: Path) -> None:
     assert greedy["text"] == again["text"]
 
 
+def test_default_length_gives_way_to_the_room_that_is_left(quire: Quire, tiny_llama: Path) -> None:
+    prompt = "x y z " * 80
+    facts = json.loads(quire("generate", prompt, "-m", str(tiny_llama), *ENGINE, "--ignore-eos", "--json").out)
+    assert facts["completion_tokens"] == min(256, 512 - facts["prompt_tokens"]) < 256
+
+
 def test_prompt_that_is_too_long(quire: Quire, tiny_llama: Path) -> None:
     ran = quire("generate", "x y z " * 500, "-m", str(tiny_llama), *ENGINE)
     assert (ran.code, "maximum context length is 512" in ran.err) == (6, True)
