@@ -221,7 +221,9 @@ def _read_logit_bias(bias: Mapping[Any, Any]) -> dict[int, float]:
             read[int(token)] = min(100.0, max(-100.0, number))
         except (TypeError, ValueError):
             raise InvalidRequest(
-                f"logit_bias must map token ids to finite numbers, got {token!r}: {value!r}.", parameter="logit_bias", value=token
+                f"logit_bias must map token ids to finite numbers, got {token!r}: {value!r}.",
+                parameter="logit_bias",
+                value=token,
             ) from None
     return read
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+import itertools
 
 
 def _wanted(*tensors: Tensor | None) -> bool:
@@ -82,7 +83,7 @@ class _PackedAttention(torch.autograd.Function):
             out = torch.cat(
                 [
                     _sequence_attention(*(t[start:end] for t in tensors), scale, window, softcap)
-                    for start, end in zip(starts, starts[1:], strict=False)
+                    for start, end in itertools.pairwise(starts)
                 ]
             )
         return (None, *torch.autograd.grad(out, tensors, grad), None, None, None, None)

@@ -48,7 +48,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
             return [folder / single]
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not found:
-        raise ModelError(f"no weights in {str(folder)!r}: neither model.safetensors nor pytorch_model.bin nor an index of shards.")
+        raise ModelError(f"no weights in {str(folder)!r}: no model.safetensors, no pytorch_model.bin, no index of shards.")
     return found
 
 
@@ -62,7 +62,8 @@ def _shards(folder: Path, index: str) -> list[Path]:
             raise ModelError(f"{index} in {str(folder)!r} names a file outside its folder: {name!r}.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{len(missing)} of {len(names)} weight files are missing in {str(folder)!r}: {', '.join(missing[:5])}.")
+        some = ", ".join(missing[:5])
+        raise ModelError(f"{len(missing)} of {len(names)} weight files are missing in {str(folder)!r}: {some}.")
     return [folder / name for name in names]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.reference.trial import cancelling
+import itertools
 
 SPAN = 128
 TILE = 8
@@ -72,7 +73,7 @@ def packed_attention(
         rows = (first[:, None] + span * SPAN + offsets).clamp_max(len(k) - 1)
         return k[rows], v[rows]
 
-    lengths = tuple(end - start for start, end in zip(starts, starts[1:], strict=False))
+    lengths = tuple(end - start for start, end in itertools.pairwise(starts))
     return _attend(q, k.shape[1], starts, lengths, gather, scale, window, softcap)
 
 
@@ -95,7 +96,7 @@ class _Tiles:
 def _tiles_of(starts: tuple[int, ...], lengths: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Tiles]:
     """Cut every sequence's rows into tiles, largest size first; what is left over is padded to TILE rows."""
     groups: dict[int, list[tuple[int, int, int]]] = {}
-    for sequence, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(starts)):
         while start < end:
             left = end - start
             size = next((size for size in sizes if size <= left and (size > 1 or left == 1)), TILE)
