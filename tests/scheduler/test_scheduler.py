@@ -190,8 +190,8 @@ def test_steps_are_planned_before_their_tokens_are_known() -> None:
 
 def test_a_sequence_whose_last_token_is_in_flight_holds_nobody_up() -> None:
     scheduler = make(blocks=3)
-    first, ending = add(scheduler, 4), add(scheduler, 8, max_tokens=1)
-    step = scheduler.schedule()
+    first, ending = add(scheduler, 3, max_tokens=5), add(scheduler, 7, max_tokens=1)
+    step, _ = scheduler.schedule(), scheduler.schedule()
     # The first needs another block; the ending one gives way, although its only token is about to come.
     assert scheduler.schedule().preempted == (ending.id,)
     third = add(scheduler, 2, max_tokens=1)
