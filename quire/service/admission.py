@@ -20,24 +20,23 @@ RATE_SECONDS = 20.0
 
 
 class Rate:
-    """Units a second, remembering about the last RATE_SECONDS."""
+    """Units a second, remembering about the last RATE_SECONDS of busy time: an idle hour must not look like a slow one."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._amount = 0.0
-        self._seen = clock()
+    def __init__(self) -> None:
+        self._amount = self._window = 0.0
 
     def add(self, amount: float) -> None:
-        self._amount = self._faded() + amount
+        self._amount += amount
 
-    def value(self) -> float:
-        return self._faded() / RATE_SECONDS
+    def passed(self, seconds: float) -> None:
+        """So much busy time has gone by."""
+        kept = math.exp(-seconds / RATE_SECONDS)
+        self._amount *= kept
+        self._window = self._window * kept + RATE_SECONDS * (1 - kept)
 
-    def _faded(self) -> float:
-        now = self._clock()
-        self._amount *= math.exp((self._seen - now) / RATE_SECONDS)
-        self._seen = now
-        return self._amount
+    def seconds_for(self, backlog: float) -> float:
+        """How long `backlog` units take; if none was ever done, as long again as the busy time so far."""
+        return backlog * self._window / self._amount if self._amount > 0 else self._window
 
 
 class Admission:
@@ -54,7 +53,8 @@ class Admission:
         self.backlog_tokens = 0
         self._of_key: Counter[str] = Counter()
         self._on_reject = on_reject
-        self._sample_rate, self._token_rate = Rate(clock), Rate(clock)
+        self._sample_rate, self._token_rate = Rate(), Rate()
+        self._clock, self._seen = clock, clock()
 
     def arrive(self, key: str = "") -> Ticket:
         """Take one slot for a request of `key`, or raise TooManyRequests or Overloaded."""
@@ -63,6 +63,7 @@ class Admission:
             self._on_reject("key_concurrency")
             raise TooManyRequests(f"this API key has {most} requests in progress, which is its limit.", retry_after=RETRY_LOW)
         self._check_samples(1)
+        self._pass_time()
         self.samples += 1
         self._of_key[key] += 1
         return Ticket(self, key)
@@ -87,9 +88,16 @@ class Admission:
 
     def _wait(self, backlog: float, rate: Rate) -> float:
         """Seconds until the backlog is worked off, clamped, with a little jitter so that clients do not return together."""
-        per_second = rate.value()
-        wait = backlog / per_second if per_second > 0 else RETRY_HIGH / 6
-        return min(RETRY_HIGH, max(RETRY_LOW, wait) + random.random())
+        self._pass_time()
+        return min(RETRY_HIGH, max(RETRY_LOW, rate.seconds_for(backlog)) + random.random())
+
+    def _pass_time(self) -> None:
+        """Tell the rates how much busy time has gone by; called before `samples` leaves or reaches zero."""
+        now = self._clock()
+        if self.samples:
+            self._sample_rate.passed(now - self._seen)
+            self._token_rate.passed(now - self._seen)
+        self._seen = now
 
 
 class Ticket:
@@ -127,6 +135,7 @@ class Ticket:
             return
         self._released = True
         house = self._admission
+        house._pass_time()
         house.samples -= self._samples
         house.backlog_tokens -= self._tokens
         house._sample_rate.add(self._samples)

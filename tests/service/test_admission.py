@@ -92,11 +92,17 @@ def test_the_wait_follows_the_rate_and_is_clamped() -> None:
 
     assert 1 <= wait() <= 60
     for _ in range(200):
+        ticket = house.arrive()
         clock.now += 0.01
-        house.arrive().release()
+        ticket.release()
     assert 1 <= wait() <= 2, "a hundred a second: come back at once"
+    clock.now += 3000
+    assert 1 <= wait() <= 2, "an idle hour changes nothing"
+    ticket = house.arrive()
     clock.now += 300
-    assert wait() > 30, "nothing has moved for minutes"
+    with pytest.raises(Overloaded) as refused:
+        house.arrive()
+    assert refused.value.retry_after > 30, "nothing has moved for minutes"
 
 
 @settings(max_examples=200, deadline=None)

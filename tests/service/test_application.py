@@ -86,7 +86,7 @@ def test_names() -> None:
         application.check_model("x")
     application.attach(StandIn())
     assert application.check_model(None) == application.check_model("org/name") == "org/name"
-    with pytest.raises(NotFound, match="The model `x` does not exist."):
+    with pytest.raises(NotFound, match="`x` does not exist"):
         application.check_model("x")
     named = Application(Limits(), ("a", "b"))
     named.attach(StandIn())
