@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quire import ops
+from quire.ops.reference.trial import cancelling
 from tests.ops.shapes import ATTENTION, CHUNKS, DTYPES, LINEAR, THREADS, AttentionShape, borders, threads
 
 ROWS = 131
@@ -45,6 +46,14 @@ def test_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> No
     weight = random(outputs, inputs, dtype=dtype, seed=1)
     shift = random(outputs, dtype=dtype, seed=2) if bias else None
     assert_exact_by_row(lambda x: ops.linear(x, weight, shift), random(ROWS, inputs, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs,outputs", LINEAR)
+def test_linear_on_sums_that_cancel(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Where nothing but the order of summation is left of the result."""
+    x, weight = cancelling(ROWS, inputs, outputs, dtype)
+    assert_exact_by_row(lambda x: ops.linear(x, weight.t().contiguous()), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
