@@ -38,6 +38,20 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     return read
 
 
+def described(model: type[RequestBody]) -> dict[str, Any]:
+    """The body's entry in /openapi.json, which FastAPI cannot see, as the body is read here."""
+    schema = model.model_json_schema()
+    inner = schema.pop("$defs", {})
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            name = str(node.get("$ref", "")).removeprefix("#/$defs/")
+            return inner[name] if name in inner else {key: filled(value) for key, value in node.items()}
+        return [filled(item) for item in node] if isinstance(node, list) else node
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": filled(schema)}}}}
+
+
 def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`, or InvalidRequest."""
     try:

@@ -39,11 +39,11 @@ class _BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.conn.their_state is h11.IDLE and self._head_timer is None:
-            self._expect_head()
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if not self._waits_for_head():
             self._head_arrived()
+        elif self._head_timer is None:
+            self._expect_head()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this from an `except` block; h11's error knows the better status."""
@@ -52,6 +52,11 @@ class _BoundedProtocol(H11Protocol):
             return
         status: int = getattr(sys.exc_info()[1], "error_status_hint", 400)
         self._refuse(status, "the request is not valid HTTP." if status == 400 else "the request's head is too large.")
+
+    def _waits_for_head(self) -> bool:
+        """A head is incomplete, or the body of a request that was answered early still comes in before the next one."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self.header_timeout, self._head_too_slow)
@@ -63,9 +68,9 @@ class _BoundedProtocol(H11Protocol):
 
     def _head_too_slow(self) -> None:
         self._head_timer = None
-        if self.transport.is_closing() or self.conn.our_state is not h11.IDLE:
+        if self.transport.is_closing() or not self._waits_for_head():
             return
-        if self.conn.trailing_data[0]:
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(408, "the request's head came too slowly.")
         else:
             self.transport.close()

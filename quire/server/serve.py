@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import socket
 import threading
@@ -45,6 +46,7 @@ LARGEST_HEAD = 1 << 20
 def serve(engine_config: EngineConfig, options: ServerOptions) -> None:
     """Serve until a signal. Raises ConfigError, DoesNotFit or ModelError if the start fails, EngineDead if the engine dies."""
     setup_log()
+    _adopt_log_of_uvicorn()
     listening = listen(options)
     try:
         asyncio.run(_Serving(engine_config, options, listening).run())
@@ -184,6 +186,13 @@ def uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
         timeout_graceful_shutdown=int(ABORT_SECONDS),
         h11_max_incomplete_event_size=LARGEST_HEAD,
     )
+
+
+def _adopt_log_of_uvicorn() -> None:
+    """uvicorn's warnings in Quire's format; its news repeat ours."""
+    theirs = logging.getLogger("uvicorn")
+    theirs.handlers, theirs.propagate = logging.getLogger("quire").handlers, False
+    theirs.setLevel(logging.WARNING)
 
 
 def _on_thread(work: Any, *arguments: Any) -> asyncio.Future[Any]:

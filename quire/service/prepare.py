@@ -148,7 +148,7 @@ def _prepare_prompt(
 ) -> PreparedPrompt:
     longest, named = engine.plan.max_model_len, "messages" if request.messages is not None else "prompt"
     vocabulary = engine.model_config.vocab_size
-    ids = _truncated(ids, values, longest)
+    whole, ids = ids, _truncated(ids, values, longest)
     if not ids:
         raise InvalidRequest(f"{named} must have at least one token.", parameter=named)
     outside = [token for token in ids if not 0 <= token < vocabulary]
@@ -168,7 +168,7 @@ def _prepare_prompt(
     params = SamplingParams(**values)
     params.check_model(vocab_size=vocabulary, max_logprobs=engine.config.max_logprobs)
     beam = None if beam_width is None else _beam(beam_width, params, request)
-    return PreparedPrompt(token_ids=ids, text=_shown(text, ids, engine), params=params, beam=beam)
+    return PreparedPrompt(token_ids=ids, text=_shown(text if ids is whole else None, ids, engine), params=params, beam=beam)
 
 
 def _truncated(ids: list[int], values: dict[str, Any], longest: int) -> list[int]:

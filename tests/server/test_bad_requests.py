@@ -68,7 +68,7 @@ SAMPLING: list[tuple[str, Any, str]] = [
     ("guided_choice", ["a"], "guided_choice is not supported"),
     ("guided_grammar", "a", "guided_grammar is not supported"),
     ("chat_template", "x", "chat_template is not supported"),
-    ("temprature", 1, 'unknown field \'temprature\'. Did you mean "temperature"?'),
+    ("temprature", 1, "unknown field 'temprature'. Did you mean \"temperature\"?"),
     ("max_token", 1, 'Did you mean "max_tokens"?'),
     ("zzz", 1, "unknown field 'zzz'."),
 ]

@@ -98,9 +98,7 @@ def test_token_ids_and_names(client: httpx.Client) -> None:
     body = ask(client, return_token_ids=True, logprobs=True, return_tokens_as_token_ids=True, ignore_eos=True)
     (choice,) = body["choices"]
     assert len(body["prompt_token_ids"]) == body["usage"]["prompt_tokens"]
-    assert [f"token_id:{token}" for token in choice["token_ids"]] == [
-        entry["token"] for entry in choice["logprobs"]["content"]
-    ]
+    assert [f"token_id:{token}" for token in choice["token_ids"]] == [entry["token"] for entry in choice["logprobs"]["content"]]
     events = stream(client, PATH, {**HELLO, "return_token_ids": True, "ignore_eos": True})
     assert events[0]["prompt_token_ids"] == body["prompt_token_ids"]
     streamed = [token for event in events for part in event["choices"] for token in part.get("token_ids", [])]

@@ -41,9 +41,7 @@ def leave(connection: socket.socket, *, reset: bool) -> None:
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("extra", [{}, {"n": 3}, {"prompt": ["a", "b"]}, {"use_beam_search": True, "n": 2}], ids=str)
-def test_leaving_aborts_promptly(
-    server: RunningServer, engine: Any, stream: bool, reset: bool, extra: dict[str, Any]
-) -> None:
+def test_leaving_aborts_promptly(server: RunningServer, engine: Any, stream: bool, reset: bool, extra: dict[str, Any]) -> None:
     if stream and "use_beam_search" in extra:
         pytest.skip("beams are not streamed")
     wait_for(lambda: at_rest(server))

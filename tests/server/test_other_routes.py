@@ -140,6 +140,13 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert after["vllm:num_requests_running"] == 0
 
 
+def test_the_api_describes_itself(client: httpx.Client) -> None:
+    body = client.get("/openapi.json").json()
+    asked = body["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert asked["required"] == ["messages"]
+    assert "$ref" not in str(asked)
+
+
 def test_metric_labels_are_bounded(client: httpx.Client) -> None:
     for path in ("/a", "/b/c", "/v1/models/x1", "/v1/models/x2"):
         client.get(path)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from quire.server.body import json_body
+from quire.server.body import described, json_body
 from quire.server.routes.generate import Layout, generate
 from quire.server.schema import completion_answer
 from quire.server.schema.completions import CompletionBody
@@ -15,7 +15,7 @@ router = APIRouter()
 LAYOUT = Layout("cmpl", completion_answer.whole, completion_answer.chunks)
 
 
-@router.post("/v1/completions", response_class=Response)
+@router.post("/v1/completions", response_class=Response, openapi_extra=described(CompletionBody))
 async def completions(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
     """Continue a text."""
     return await generate(request, body, body.to_request, LAYOUT)

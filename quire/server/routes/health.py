@@ -11,14 +11,16 @@ from quire.server.routes.generate import application_of
 router = APIRouter()
 
 
-@router.api_route("/livez", methods=["GET", "HEAD"])
+@router.head("/livez", include_in_schema=False)
+@router.get("/livez")
 async def livez(request: Request) -> Response:
     """200 as long as a restart would not help."""
     alive = application_of(request).alive()
     return JSONResponse({"status": "alive" if alive else "dead"}, 200 if alive else 503)
 
 
-@router.api_route("/readyz", methods=["GET", "HEAD"])
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz")
 async def readyz(request: Request) -> Response:
     """200 when requests are taken; otherwise 503 and what is missing."""
     failing = application_of(request).failing()
@@ -27,7 +29,8 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": failing[0], "failing": failing}, 503, headers={"retry-after": "5"})
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
 async def health(request: Request) -> Response:
     """vLLM's name for readiness: an empty 200 or 503."""
     return Response(status_code=503 if application_of(request).failing() else 200)

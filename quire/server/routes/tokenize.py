@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from quire.errors import InvalidRequest
-from quire.server.body import json_body
+from quire.server.body import described, json_body
 from quire.server.routes.generate import application_of
 from quire.server.schema.tokenize import DetokenizeBody, TokenizeBody
 
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", openapi_extra=described(TokenizeBody))
 async def tokenize(request: Request, body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))]) -> dict[str, Any]:
     """Token ids of a prompt or of a rendered conversation."""
     application = application_of(request)
@@ -29,7 +29,7 @@ async def tokenize(request: Request, body: Annotated[TokenizeBody, Depends(json_
     }
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", openapi_extra=described(DetokenizeBody))
 async def detokenize(request: Request, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]) -> dict[str, Any]:
     """The text of token ids."""
     application = application_of(request)
