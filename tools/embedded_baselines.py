@@ -1,7 +1,7 @@
 """Unigram and bigram models of token streams: what quire-tiny's loss is held against.
 
-The bigram model is interpolated with the unigram one by Kneser-Ney's absolute discounting, the strongest simple bigram; both
-are counted on all training tokens. Knows token ids only, no model and no torch.
+The bigram model is interpolated with a lower order by Kneser-Ney's absolute discounting, the strongest simple bigram;
+both are counted on all training tokens. Knows token ids only, no model and no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 DISCOUNT = 0.75
 
@@ -20,7 +21,7 @@ class Bigram:
         self.vocabulary = vocabulary
         self.single = Counter(tokens)
         self.total = len(tokens)
-        self.pairs = Counter(zip(tokens, tokens[1:], strict=False))
+        self.pairs = Counter(pairwise(tokens))
         self.before = Counter(tokens[:-1])
         self.followers = Counter(left for left, _ in self.pairs)
         self.preceding = Counter(right for _, right in self.pairs)
@@ -45,5 +46,5 @@ class Bigram:
         return sum(-math.log2(self.unigram(token)) for token in tokens[1:]) / (len(tokens) - 1)
 
     def bigram_bits(self, tokens: Sequence[int]) -> float:
-        pairs = zip(tokens, tokens[1:], strict=False)
+        pairs = pairwise(tokens)
         return sum(-math.log2(self.probability(left, token)) for left, token in pairs) / (len(tokens) - 1)

@@ -1,9 +1,9 @@
 """How the weights move: orthogonalised momentum for matrices, Adam for the rest, and a rate that follows the clock.
 
-Muon (Jordan et al. 2024) is known to get more out of each token than Adam, and tokens are what one hour on two cores has
-few of. All state lies in shared memory and each parameter has one owner, so that several processes can share the work.
-The schedule is a list of anchors: the clock decides where they lie while a run is made, and the recorded anchors alone
-decide when it is repeated. Knows no data, and of the model only its parameters' names and shapes.
+Muon (Jordan et al. 2024) is known to get more out of each token than Adam, and tokens are what one hour on two cores
+is short of. All state lies in shared memory and each parameter has one owner, so that several processes can share the
+work. The schedule is a list of anchors: the clock decides where they lie while a run is made, and the recorded anchors
+alone decide when it is repeated. Knows no data, and of the model only its parameters' names and shapes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/train_embedded.py --minutes 75 --checkpoint /tmp/quire-tiny.pt
 
 Float32 on the CPU, one packed batch a step and process. The learning rate follows the clock, so that the run anneals
-within its minutes; `--replay schedule.json` repeats a run step for step. Ctrl-C leaves a checkpoint, and the same command
-goes on from it exactly.
+within its minutes; `--replay schedule.json` repeats a run step for step. Ctrl-C leaves a checkpoint, and the same
+command goes on from it exactly.
 The data, the optimizer and the measurements have rooms of their own (embedded_rows, embedded_optimizer, embedded_eval).
 """
 
@@ -160,10 +160,10 @@ def export(model: nn.Module, folder: Path) -> None:
 
 
 class Trainer:
-    """One run, shared by all processes after the fork: weights, gradients and the optimizer's state lie in shared memory.
+    """One run, shared by all processes after the fork: weights, gradients and optimizer state lie in shared memory.
 
     Each rank computes the gradient of its share of a step's rows and moves the parameters it owns. One thread a process:
-    on a machine that others use, threads that wait for each other in every product cost more than two meetings a step.
+    where others use the machine, threads that wait for each other in every product cost more than a few meetings.
     """
 
     def __init__(self, wishes: argparse.Namespace) -> None:
@@ -273,10 +273,10 @@ class Trainer:
         print("stopped; the same command goes on" if self.stopping else "finished", flush=True)
 
     def show(self, loss: float, seconds_per_step: float, left: float) -> None:
-        progress = self.progress
+        progress, speed = self.progress, self.wishes.step_tokens / seconds_per_step
         print(
             f"step {progress.step} loss {loss:.3f} rate {self.schedule.factor(progress.step - 1):.3f}"
-            f" tokens {progress.tokens / 1e6:.2f}M {self.wishes.step_tokens / seconds_per_step:.0f} tokens/s, {left / 60:.1f} minutes left",
+            f" tokens {progress.tokens / 1e6:.2f}M {speed:.0f} tokens/s, {left / 60:.1f} minutes left",
             flush=True,
         )
 
