@@ -1,9 +1,13 @@
-"""Step -> Batch: the scheduler's plain numbers as the tensors that a model takes. Knows no request."""
+"""Step -> Batch: the scheduler's plain numbers as the tensors that a model takes. Knows no request.
+
+Runs between two steps while the model waits, so nothing here loops over tokens or over the blocks of a table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,24 +27,23 @@ class Rows:
 
 def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Rows]:
     """The batch of a step. scored: prompt lengths of the sequences whose prompt tokens' log-probabilities are wanted."""
-    block_size = kv.block_size
-    counts = [len(chunk.tokens) for chunk in step.chunks]
-    starts = [0, *np.cumsum(counts).tolist()]
-    tokens = np.fromiter((token for chunk in step.chunks for token in chunk.tokens), np.int64, starts[-1])
+    size, chunks = kv.block_size, step.chunks
+    counts = np.array([len(chunk.tokens) for chunk in chunks])
+    begins = np.array([chunk.start for chunk in chunks])
+    ends = counts.cumsum()
+    starts = [0, *ends.tolist()]
+    tokens = np.fromiter(chain.from_iterable(chunk.tokens for chunk in chunks), np.int64, starts[-1])
     assert tokens.min() > PLACEHOLDER, "this runner takes one step at a time: every token must be known"
-    positions = np.concatenate([np.arange(chunk.start, chunk.start + n) for chunk, n in zip(step.chunks, counts, strict=True)])
-    widest = max(len(chunk.blocks) for chunk in step.chunks)
-    tables = np.zeros((len(step.chunks), widest), np.int64)
-    for row, chunk in zip(tables, step.chunks, strict=True):
-        row[: len(chunk.blocks)] = chunk.blocks
-    owners = np.repeat(np.arange(len(counts)), counts)
-    slots = tables[owners, positions // block_size] * block_size + positions % block_size
+    owners = np.repeat(np.arange(len(chunks)), counts)
+    positions = np.arange(starts[-1]) + (begins - starts[:-1])[owners]
+    tables = _tables(chunks)
+    slots = tables[owners, positions // size] * size + positions % size
     logit_rows, rows = _rows(step, starts, scored)
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
         starts=tuple(starts),
-        lengths=tuple(chunk.start + n for chunk, n in zip(step.chunks, counts, strict=True)),
+        lengths=tuple((begins + counts).tolist()),
         kv=kv,
         block_tables=torch.from_numpy(tables),
         slots=torch.from_numpy(slots),
@@ -49,12 +52,21 @@ def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Ro
     return batch, rows
 
 
+def _tables(chunks: Sequence[Chunk]) -> np.ndarray:
+    """[S, widest table] block numbers, the null block where a table ends."""
+    widest = max(len(chunk.blocks) for chunk in chunks)
+    padding = memoryview(bytes(8 * widest))
+    # Tables are arrays of 64-bit numbers: they are laid end to end as they are, each with its padding.
+    laid = bytearray().join(chain.from_iterable((chunk.blocks, padding[8 * len(chunk.blocks) :]) for chunk in chunks))
+    return np.frombuffer(laid, np.int64).reshape(len(chunks), widest)
+
+
 def _rows(step: Step, starts: list[int], scored: Mapping[int, int]) -> tuple[list[int], Rows]:
     """Rows that draw come first, then prompt rows, each in the order of the chunks."""
     draws = [(chunk, end - 1) for chunk, end in zip(step.chunks, starts[1:], strict=True) if chunk.draws]
     logit_rows = [row for _, row in draws]
     prompt = []
-    for chunk, start in zip(step.chunks, starts, strict=False):
+    for chunk, start in zip(step.chunks if scored else (), starts, strict=False):
         # Position p predicts token p + 1, so the prompt's last position is left to the draw.
         count = min(chunk.start + len(chunk.tokens), scored.get(chunk.sequence, 0) - 1) - chunk.start
         if count > 0:

@@ -154,8 +154,7 @@ class Scheduler:
                 break
             if sequence.running:  # and not preempted by one before it
                 self._plan_running(sequence, plan)
-        if not plan.short:
-            self._admit(plan)
+        self._admit(plan)
         if not plan.chunks:
             self._clear_idle(plan)
             self._admit(plan)
@@ -183,7 +182,7 @@ class Scheduler:
         if count == 0:
             return
         while not self._tables.reserve(sequence, count, plan.copies):
-            victim, plan.short = self._running[-1], True
+            victim = self._running[-1]
             self._preempt(victim, plan)
             if victim is sequence:
                 return
@@ -267,13 +266,14 @@ class Scheduler:
                 sequence.offered = True
             else:
                 sequence.num_pending += 1
-                draws += self._fork(sequence)
+                if sequence.group.to_fork:
+                    draws += self._fork(sequence)
         self._tables.register(sequence)
-        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, sequence.blocks[:], draws))
+        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, sequence.blocks, draws))
 
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
-        threshold = self.limits.long_prefill_token_threshold
-        return min(sequence.num_wanted, budget, threshold or budget)
+        wanted, threshold = sequence.num_wanted, self.limits.long_prefill_token_threshold
+        return wanted if wanted <= 1 else min(wanted, budget, threshold or budget)
 
     # -- samples of one prompt ----------------------------------------------------------------------------------------
 
@@ -334,7 +334,6 @@ class _Plan:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.short = False  # blocks ran out: nobody new is let in
         self.chunks: list[Chunk] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[int] = []

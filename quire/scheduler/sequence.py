@@ -9,12 +9,13 @@ from quire.request import EngineRequest
 from quire.scheduler.step import PLACEHOLDER
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """Known tokens and how many of them are computed.
 
     tokens: prompt and output as far as they are on the host. num_pending: tokens that steps in flight will add.
     num_computed: tokens whose keys and values are in `blocks` (or will be, once the steps in flight have run).
+    blocks: replaced, never changed, when the table grows.
     keys: prefix keys of the full blocks so far, num_registered of which others can find.
     max_length: no token is added beyond it. offered: a beam whose next tokens are drawn; it has no more to compute until its
     group branches. order: first come, first served - within a priority.
@@ -56,6 +57,8 @@ class Sequence:
     def slice(self, start: int, count: int) -> tuple[int, ...]:
         """`count` known tokens from `start`, PLACEHOLDER for those in flight."""
         known = tuple(self.tokens[start : start + count])
+        if len(known) == count:
+            return known
         return known + (PLACEHOLDER,) * (count - len(known))
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PLACEHOLDER = -1
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence. tokens: PLACEHOLDER where an earlier step, still in flight, draws the token.
-    blocks: the table that covers start + len(tokens) positions, as it was when the step was planned; an array, as it goes to
-    the device without a loop. draws: the sequences whose next token is drawn from the last row (several when a prompt's
-    samples part, none inside a prompt)."""
+    blocks: the table that covers start + len(tokens) positions; an array, as it goes to the device without a loop, and never
+    changed, as steps may be in flight. draws: the sequences whose next token is drawn from the last row (several when a
+    prompt's samples part, none inside a prompt)."""
 
     sequence: int
     start: int

@@ -35,15 +35,16 @@ class Tables:
 
     def reserve(self, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> bool:
         """Give the next `count` tokens blocks of their own, adding to `copies`; False, and no change, if blocks are short."""
-        blocks, pool = sequence.blocks, self._pool
-        tail, offset = divmod(sequence.num_computed, self._limits.block_size)
-        missing = self.blocks_for(sequence.num_computed + count) - len(blocks)
+        blocks, pool, size = sequence.blocks, self._pool, self._limits.block_size
+        tail, offset = divmod(sequence.num_computed, size)
+        missing = -(-(sequence.num_computed + count) // size) - len(blocks)
         # A half-filled block that others hold too is left to them: the next token would be written into their future.
         shared = offset and pool.holders(blocks[tail]) > 1
         if not missing and not shared:
             return True
         if missing + bool(shared) > pool.num_free:
             return False
+        blocks = sequence.blocks = blocks[:]  # steps in flight have the old table
         if shared:
             own = pool.take()
             copies.append((blocks[tail], own))
@@ -57,7 +58,7 @@ class Tables:
         """The child begins with all that the parent has computed."""
         for block in parent.blocks:
             self._pool.share(block)
-        child.blocks, child.keys, child.num_registered = parent.blocks[:], list(parent.keys), parent.num_registered
+        child.blocks, child.keys, child.num_registered = parent.blocks, list(parent.keys), parent.num_registered
         child.num_computed, child.num_cached = parent.num_computed, parent.num_cached
 
     def give_back(self, sequence: Sequence) -> None:
@@ -101,8 +102,10 @@ class Tables:
     def register(self, sequence: Sequence) -> None:
         """Make the full blocks findable. They may still be in flight: whoever finds them runs after, or in the same step,
         where all keys are written before any is read."""
+        if not self._limits.prefix_caching:
+            return
         full = min(sequence.num_computed, len(sequence.tokens)) // self._limits.block_size
-        if full <= sequence.num_registered or not self._limits.prefix_caching:
+        if full <= sequence.num_registered:
             return
         self._extend_keys(sequence, full)
         for number in range(sequence.num_registered, full):

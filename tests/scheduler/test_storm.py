@@ -210,7 +210,7 @@ class Storm(RuleBasedStateMachine):
     def queues_are_in_order(self) -> None:
         running, waiting = self.scheduler._running, self.scheduler._waiting
         for queue in (running, waiting):
-            assert queue == sorted(queue, key=lambda sequence: sequence.order)
+            assert queue == sorted(queue, key=self._place)
         assert all(sequence.running for sequence in running)
         assert not any(sequence.running or sequence.blocks for sequence in waiting)
         assert {sequence.id for sequence in (*running, *waiting)} == {sequence.id for sequence in self._sequences()}
@@ -239,6 +239,11 @@ class Storm(RuleBasedStateMachine):
 
     # -- the engine's part --------------------------------------------------------------------------------------------
 
+    def _place(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Where a sequence belongs in its queue."""
+        request = sequence.group.request
+        return (request.priority if self.scheduler.limits.policy == "priority" else 0, int(request.request_id), sequence.id)
+
     def _sequences(self) -> list[Sequence]:
         return list(self.scheduler._sequences.values())
 
@@ -247,7 +252,7 @@ class Storm(RuleBasedStateMachine):
     ) -> None:
         self.added += 1
         request = EngineRequest(
-            f"r{self.added}", tuple(prompt), params, 0.0, priority=priority, cache_salt=salt, beam=beam
+            str(self.added), tuple(prompt), params, 0.0, priority=priority, cache_salt=salt, beam=beam
         )
         needed = -(-(len(prompt) + params.max_tokens) // self.device.block_size)
         if needed > self.pool.num_blocks:
