@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,20 @@ from quire.engine.engine import Engine
 from quire.engine.intake import Intake
 from quire.engine.kv import allocate
 from quire.engine.runner import Runner
+from quire.errors import ConfigError
 from quire.log import logger
 from quire.metrics import Metrics
 from quire.models.config import ModelConfig, read_json, read_model_config
 from quire.models.registry import model_class
 from quire.plan.hardware import probe
 from quire.plan.memory import Plan, make_plan
+from quire.presets import recommended_sampling
 from quire.scheduler.scheduler import Limits
 from quire.text.tokenizer import Tokenizer
 from quire.weights.files import checkpoint_files, tensor_headers, weight_bytes
 from quire.weights.hub import resolve
 
 log = logger(__name__)
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Started:
 def start(config: EngineConfig) -> Started:
     """Load the model of `config`. Raises ModelError, ConfigError, and DoesNotFit before anything large is read."""
     begin = time.monotonic()
+    config = replace(config, chat_template=_chat_template(config.chat_template))
     folder = resolve(config.model, config.revision)
     model_config = read_model_config(folder)
     model_class(model_config)  # an unknown architecture is refused before planning
@@ -82,11 +84,8 @@ def start(config: EngineConfig) -> Started:
     intake = Intake(
         tokenizer, model_config.vocab_size, plan.max_model_len, config.max_logprobs, eos, also_stop, seed=config.seed
     )
-    defaults = {name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None}
-    if generation.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = generation["max_new_tokens"]
     log.info("Ready after %.1f s", time.monotonic() - begin)
-    return Started(engine, intake, config, model_config, plan, tokenizer, metrics, defaults)
+    return Started(engine, intake, config, model_config, plan, tokenizer, metrics, recommended_sampling(generation))
 
 
 def _limits(config: EngineConfig, plan: Plan) -> Limits:
@@ -99,6 +98,18 @@ def _limits(config: EngineConfig, plan: Plan) -> Limits:
         policy=config.scheduling_policy,
         prefix_caching=config.enable_prefix_caching,
     )
+
+
+def _chat_template(given: str | None) -> str | None:
+    """The template's text, if a file was named; text has braces, and a bare word is the name of one of the model's own."""
+    if given is None or "{" in given:
+        return given
+    path = Path(given)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix or len(path.parts) > 1:
+        raise ConfigError(f"chat_template must be a template or the path of a file, got {given!r}, which does not exist.")
+    return given
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

@@ -105,9 +105,12 @@ def _check_counts(request: TextRequest, engine: Any, limits: Limits, drawn: int,
 
 def sampling_values(request: TextRequest, engine: Any) -> dict[str, Any]:
     """The sampling values in force, without those that stay at SamplingParams' own defaults."""
+    flags = dict(engine.config.override_generation_config)
+    if "max_new_tokens" in flags:  # the name in generation_config.json
+        flags.setdefault("max_tokens", flags["max_new_tokens"])
     resolved = presets.resolve(
         request={**request.sampling, "preset": request.preset},
-        flags=engine.config.override_generation_config,
+        flags=flags,
         preset=engine.config.preset,
         generation_config=engine.default_sampling,
     )
