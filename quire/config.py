@@ -62,7 +62,7 @@ class EngineConfig:
     preset: str | None = None
     """A scenario of `quire presets`."""
     threads: int | None = None
-    """Compute threads; None: as many as cores are usable."""
+    """Compute threads; if not given, OMP_NUM_THREADS or as many as cores are usable."""
     tensor_parallel_size: int = 1
     """Ranks that share every layer."""
     pipeline_parallel_size: int = 1

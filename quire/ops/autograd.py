@@ -3,12 +3,12 @@ same bits as serving; backward by whatever is fastest, since no promise rests on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-import itertools
 
 
 def _wanted(*tensors: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ from quire import envs
 from quire.errors import ModelError
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
+# huggingface_hub passes on the errors of the client that it has, which changes between its releases.
+NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 
@@ -58,10 +60,10 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         raise ModelError(f"model {model!r} has no revision {revision!r}.") from None
     except RepositoryNotFoundError:
         raise ModelError(f"model {model!r} does not exist on the hub (or needs HF_TOKEN).") from None
-    except (HfHubHTTPError, OSError) as error:  # httpx and requests errors derive from OSError or are wrapped
+    except (HfHubHTTPError, OSError) as error:
         return cached(f"the hub cannot be reached ({type(error).__name__})")
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests"):
+        if type(error).__module__.split(".")[0] in NETWORK_PACKAGES:
             return cached(f"the hub cannot be reached ({type(error).__name__})")
         raise
 

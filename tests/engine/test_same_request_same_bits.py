@@ -135,6 +135,6 @@ def test_streamed_pieces_add_up_to_the_whole(tiny_llama: Path) -> None:
             for sample in output.outputs:
                 pieces[sample.index].append(sample)
     for sample in whole.outputs:
-        assert sum((piece.token_ids for piece in pieces[sample.index]), []) == sample.token_ids
-        assert sum((piece.logprobs for piece in pieces[sample.index]), []) == sample.logprobs
+        assert [token for piece in pieces[sample.index] for token in piece.token_ids] == sample.token_ids
+        assert [entry for piece in pieces[sample.index] for entry in piece.logprobs] == sample.logprobs
         assert "".join(piece.text for piece in pieces[sample.index]) == sample.text

@@ -11,6 +11,7 @@ Query rows of one sequence are computed in tiles of fixed sizes (see `linear.py`
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from quire.ops.reference.trial import cancelling
-import itertools
 
 SPAN = 128
 TILE = 8
@@ -155,7 +155,7 @@ def _fold_spans(
     queries: Tensor, tiles: _Tiles, part: slice, gather: Gather, window: int | None, softcap: float | None
 ) -> Tensor:
     """queries [n, K, M, D], M = grouped * tile -> attention output of the same shape, float32."""
-    count, kv_heads, _, size = queries.shape
+    count = len(queries)
     lowest, highest = tiles.lowest[part], tiles.highest[part]
     positions, lengths = tiles.positions[part], tiles.length[part]
     best = queries.new_full(queries.shape[:3], -torch.inf)
