@@ -60,7 +60,7 @@ def start(config: EngineConfig) -> Started:
         log.info("%s", line)
     tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
     torch.set_num_threads(plan.threads)
-    model = assemble(folder, model_config, plan.dtype)
+    model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype)
     kv = allocate(model_config, plan.num_blocks, plan.block_size, DTYPES[plan.dtype])
     metrics = Metrics(config.model, plan.max_model_len)
     metrics.set_cache_config(

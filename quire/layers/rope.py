@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021) and its context extensions, each a pure function of the position.
 
-The formulas follow the papers as transformers' `modeling_rope_utils` applies them. One deviation, on purpose: `dynamic` and
-`longrope` there depend on the longest sequence of the batch; here a position past the trained length is rotated as step
-by step decoding would rotate it, so prefill, chunks and decoding agree.
+The formulas follow the papers as transformers' `modeling_rope_utils` applies them. Two deviations, on purpose, as there both
+depend on the longest sequence of the batch. `dynamic`: a position past the trained length is rotated as step by step decoding
+would rotate it. `longrope`: the factors are chosen once, by the longest sequence that is served (as vLLM does).
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ class Rope:
         inverse = self.inverse.to(positions.device)
         if self.config.kind == "dynamic":
             inverse = _dynamic(self.config, places, inverse)
-        elif self.config.kind == "longrope":
-            long = _longrope(self.config, "long_factor").to(positions.device)
-            inverse = torch.where(places >= _trained_length(self.config.options), long, inverse)
         angles = places * inverse
         return torch.cos(angles) * self.magnitude, torch.sin(angles) * self.magnitude
 
@@ -54,7 +51,8 @@ def _frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     if config.kind == "yarn":
         return _yarn(config)
     if config.kind == "longrope":
-        return _longrope(config, "short_factor"), _longrope_magnitude(options)
+        long = options.get("served_length", 0) > _trained_length(options)
+        return _longrope(config, "long_factor" if long else "short_factor"), _longrope_magnitude(options)
     return _plain(config), 1.0
 
 
@@ -116,7 +114,7 @@ def _yarn_magnitude(options: Mapping[str, Any], factor: float) -> float:
 
 
 def _longrope(config: RopeConfig, name: str) -> Tensor:
-    """LongRoPE (Ding et al. 2024): one factor per dimension, another list past the trained length."""
+    """LongRoPE (Ding et al. 2024): one factor per dimension, another list for long sequences."""
     return 1.0 / (torch.tensor(config.options[name], dtype=torch.float32) * config.theta ** _exponents(config))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def for_length(self, length: int) -> ModelConfig:
+        """The same model for sequences of up to `length` tokens: LongRoPE has other factors for long ones."""
+        ropes = tuple(
+            replace(rope, options={**rope.options, "served_length": length}) if rope and rope.kind == "longrope" else rope
+            for rope in self.layer_ropes
+        )
+        return replace(self, layer_ropes=ropes)
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -45,7 +45,7 @@ EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 class Variant:
     """A configuration class of transformers and what differs from SIZES.
 
-    trained: the length past which transformers rotates all positions anew (dynamic, longrope), and Quire only later ones.
+    trained: the length past which transformers rotates all positions anew (dynamic, longrope).
     """
 
     name: str

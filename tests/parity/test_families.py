@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.batch import packed
 from quire.models.decoder import CausalLM
+from quire.models.registry import build_model
 from tests.parity.conftest import Pair
 from tests.parity.families import VARIANTS, Variant
 from tests.parity.paged import greedy, packed_logits
@@ -49,7 +50,21 @@ def test_logits(variant: Variant, pair_of: PairOf) -> None:
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.trained], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name == "phi3-longrope"], ids=lambda variant: variant.name)
+def test_logits_of_long_sequences(variant: Variant, pair_of: PairOf) -> None:
+    """A model that serves long sequences rotates all of them as transformers rotates a long one."""
+    reference, model = pair_of(variant.name)
+    tokens = tokens_of(variant.trained + 30, seed=3)
+    long = build_model(model.config.for_length(len(tokens)))
+    long.load_state_dict(model.state_dict())
+    torch.testing.assert_close(packed_logits(long, [tokens])[0], reference_logits(reference, tokens), atol=TOLERANCE, rtol=0)
+    short = build_model(model.config.for_length(variant.trained))
+    short.load_state_dict(model.state_dict())
+    start = tokens[: variant.trained]
+    torch.testing.assert_close(packed_logits(short, [start])[0], reference_logits(reference, start), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name == "llama-dynamic"], ids=lambda variant: variant.name)
 def test_logits_past_the_trained_length(variant: Variant, pair_of: PairOf) -> None:
     """There Quire gives, for prompts too, what transformers gives step by step: a row depends on its past only.
 
