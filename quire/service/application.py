@@ -169,7 +169,7 @@ class Application:
 
 
 class _StallWatch:
-    """Sees a running batch whose step counter stands still. An idle engine, or a busy one that steps, is well."""
+    """Sees a running batch whose step counter stands still, or a loop that does not turn, which an idle one does too."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds, self._clock = seconds, clock
@@ -179,13 +179,12 @@ class _StallWatch:
     def stalled(self, heartbeat: Any) -> bool:
         now = self._clock()
         if heartbeat.steps != self._steps or heartbeat.running == 0:
-            self._steps, self._since, self._told = heartbeat.steps, now, False
-            return False
-        stalled = now - self._since > self._seconds
+            self._steps, self._since = heartbeat.steps, now
+        stalled = now - self._since > self._seconds or heartbeat.age_s > self._seconds
         if stalled and not self._told:
-            self._told = True
-            log.error("the engine has not finished a step for %.0f s; stacks of all threads follow", now - self._since)
+            log.error("the engine has not finished a step for %.0f s; stacks follow", max(now - self._since, heartbeat.age_s))
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        self._told = stalled
         return stalled
 
 

@@ -58,6 +58,7 @@ SAMPLING: list[tuple[str, Any, str]] = [
     ("prompt_logprobs", 30, "Requested prompt logprobs of 30, which is greater than max allowed: 20"),
     ("priority", 3, "priority must be 0 unless"),
     ("cache_salt", "", "cache_salt must have 1 to 256 characters, got 0"),
+    ("request_id", "a b", "request_id must have 1 to 128 letters"),
     ("preset", "chatty", 'Did you mean "chat"?'),
     ("response_format", {"type": "json_object"}, "response_format.type must be 'text'"),
     ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format.type must be 'text'"),

@@ -100,6 +100,24 @@ def test_origins(locked: RunningServer, server: RunningServer) -> None:
     assert "access-control-allow-origin" not in off.headers
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://localhost:3000", 200),
+        ("http://[::1]:8000", 200),
+        ("http://evil.example", 403),
+        ("http://127.0.0.1.evil.example", 403),
+        ("null", 403),
+    ],
+)
+def test_a_foreign_page_cannot_use_a_server_without_a_key(server: RunningServer, origin: str | None, status: int) -> None:
+    headers = {} if origin is None else {"origin": origin}
+    answer = httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code == status
+
+
 def test_root_path_of_a_proxy(engine: Any) -> None:
     with RunningServer(engine, api_key=("k",), root_path="/llm") as running:
         assert status_of(running, "/livez") == 200

@@ -66,6 +66,10 @@ def test_health() -> None:
     assert application.failing() == ["stalled"]
     engine.signs.steps = 6
     assert application.failing() == []
+    engine.signs.running, engine.signs.age_s = 0, 11.0
+    assert application.failing() == ["stalled"], "a first step that never ends has no count yet"
+    engine.signs.age_s = 0.5
+    assert application.failing() == []
     application.lifecycle.advance(Stage.DRAINING)
     assert application.failing() == ["draining"]
     engine.signs.alive = False

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import ClientGone, HttpError
-from quire.server.options import ServerOptions
+from quire.server.options import ServerOptions, is_local
 
 if TYPE_CHECKING:
     from quire.service.application import Application
@@ -39,6 +41,8 @@ class Intake:
         headers = dict(scope["headers"])
         await body.check_length(headers)
         _check_type(headers)
+        if not self._options.api_key and not self._options.insecure:
+            _check_origin(headers.get(b"origin", b"").decode("latin-1"), self._options.allowed_origins)
         state = scope.setdefault("state", {})
         ticket = self._application.arrive(state.get("key", ""))
         state["ticket"] = ticket
@@ -54,6 +58,13 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
     if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
         shown = kind.decode("latin-1")[:80] or "none"
         raise HttpError(415, f"content-type must be application/json, got {shown}.")
+
+
+def _check_origin(origin: str, allowed: Sequence[str]) -> None:
+    """A server without a key is for this machine only. A foreign page that has pointed its own name at this machine passes
+    the browser's checks, but it cannot hide its origin; other clients send none."""
+    if origin and origin not in allowed and "*" not in allowed and not is_local(urlsplit(origin).hostname or ""):
+        raise HttpError(403, "this origin is not allowed: name it with --allowed-origins, or set an API key.")
 
 
 class _TimedBody:

@@ -42,7 +42,7 @@ async def generate(request: Request, body: SamplingBody, to_request: Callable[[s
     """Run a generation and answer it."""
     application, options = application_of(request), options_of(request)
     model = application.check_model(body.model)
-    request_id = f"{layout.prefix}-{body.request_id or request.state.request_id}"[:160]
+    request_id = f"{layout.prefix}-{body.request_id or request.state.request_id}"
     asked = to_request(request_id)
     shape = _shape(request_id, model, body, options)
     ticket = request.state.ticket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +12,7 @@ from quire.server.schema.base import RequestBody
 
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 256
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 _PASSED = (
     "temperature",
@@ -97,6 +99,10 @@ class SamplingBody(RequestBody):
                 "response_format.type must be 'text': constrained output is not served yet.",
                 parameter="response_format",
                 value=self.response_format.get("type"),
+            )
+        if self.request_id is not None and not _REQUEST_ID.fullmatch(self.request_id):
+            raise InvalidRequest(
+                "request_id must have 1 to 128 letters, digits or any of _.:-", parameter="request_id", value=self.request_id
             )
         if abs(self.priority) > MAX_PRIORITY:
             raise InvalidRequest(
