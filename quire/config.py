@@ -16,6 +16,14 @@ POLICIES = ("fcfs", "priority")
 AUTO = "auto"
 MAX_BLOCK_SIZE = 256
 
+# vLLM's switches for what is a fact here: (the sense in which each is accepted, None for both; the fact).
+ALWAYS: dict[str, tuple[bool | None, str]] = {
+    "enable_chunked_prefill": (True, "prompts are always read in chunks; max_num_batched_tokens sets their size"),
+    "enforce_eager": (None, "nothing is compiled or captured"),
+    "async_scheduling": (False, "the scheduler does not plan ahead"),
+    "trust_remote_code": (False, "no code of a model's repository is ever run"),
+}
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -100,12 +108,23 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
-        """A config from keyword options; an unknown one is an error that suggests the nearest name."""
+        """A config from keyword options, those of ALWAYS among them; an unknown one is an error that suggests the nearest."""
+        options = without_always(options)
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}.{did_you_mean(name, known)}")
         return cls(**options)
+
+
+def without_always(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options but for those of ALWAYS. Raises ConfigError for one that asks for what cannot be."""
+    left = dict(options)
+    for name, (fact, reason) in ALWAYS.items():
+        said = left.pop(name, None)
+        if said is not None and fact is not None and said != fact:
+            raise ConfigError(f"{name}={said} is not possible: {reason}.")
+    return left
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

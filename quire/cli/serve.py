@@ -14,18 +14,11 @@ import click
 from quire import envs
 from quire.cli.command import SectionedCommand, SectionedOption
 from quire.cli.flags import build, options_of, with_options
-from quire.config import EngineConfig
+from quire.config import ALWAYS, EngineConfig, without_always
 from quire.errors import ConfigError
 from quire.server.options import ServerOptions
 
 DEFAULT_MODEL = "quire-tiny"
-# vLLM's switches for what is a fact here: accepted in the one sense, refused in the other.
-ALWAYS = {
-    "enable_chunked_prefill": (True, "prompts are always read in chunks; --max-num-batched-tokens sets their size"),
-    "enforce_eager": (True, "nothing is compiled or captured"),
-    "async_scheduling": (False, "the scheduler does not plan ahead"),
-    "trust_remote_code": (False, "no code of a model's repository is ever run"),
-}
 
 
 def _always() -> list[click.Option]:
@@ -54,7 +47,7 @@ def command(model: str | None, model_flag: str | None, **values: Any) -> None:
     """
     if model is not None and model_flag is not None and model != model_flag:
         raise ConfigError(f"MODEL is given twice: {model!r} and {model_flag!r}. Give one.")
-    _check_always(values)
+    values = without_always(values)
     config: EngineConfig = build(EngineConfig, {**values, "model": model or model_flag or DEFAULT_MODEL})
     options: ServerOptions = build(ServerOptions, _server_values(values))
 
@@ -65,14 +58,6 @@ def command(model: str | None, model_flag: str | None, **values: Any) -> None:
     from quire.server.app import serve
 
     serve(config, options)
-
-
-def _check_always(values: dict[str, Any]) -> None:
-    for name, (fact, reason) in ALWAYS.items():
-        said = values.pop(name, None)
-        flag = name.replace("_", "-")
-        if said is not None and said != fact:
-            raise ConfigError(f"--{flag if said else 'no-' + flag} is not possible: {reason}.")
 
 
 def _server_values(values: dict[str, Any]) -> dict[str, Any]:

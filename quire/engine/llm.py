@@ -34,7 +34,7 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         """Plan and load. Raises ConfigError (DoesNotFit) and ModelError."""
-        started = start(EngineConfig.of(model=model, disable_log_stats=True, **_without_noops(options)))
+        started = start(EngineConfig.of(**{"model": model, "disable_log_stats": True, **options}))
         self.config, self.model_config, self.plan = started.config, started.model_config, started.plan
         self._engine, self._intake, self._tokenizer = started.engine, started.intake, started.tokenizer
         self._defaults = started.default_sampling
@@ -172,8 +172,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     listed = list(prompts)
     return [listed] if listed and all(type(token) is int for token in listed) else listed
-
-
-def _without_noops(options: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's options that have nothing to do here (there are no CUDA graphs to skip; chunked prefill is always on)."""
-    return {name: value for name, value in options.items() if name not in ("enforce_eager", "enable_chunked_prefill")}

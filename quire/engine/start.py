@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quire.assemble import DTYPES, assemble
+from quire.batch import packed
 from quire.config import AUTO, EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.intake import Intake
@@ -21,6 +22,7 @@ from quire.errors import ConfigError
 from quire.log import logger
 from quire.metrics import Metrics
 from quire.models.config import ModelConfig, read_json, read_model_config
+from quire.models.decoder import CausalLM
 from quire.models.registry import model_class
 from quire.plan.hardware import probe
 from quire.plan.memory import Plan, make_plan
@@ -62,6 +64,7 @@ def start(config: EngineConfig) -> Started:
     torch.set_num_threads(plan.threads)
     model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype)
     kv = allocate(model_config, plan.num_blocks, plan.block_size, DTYPES[plan.dtype])
+    _warm_up(model)
     metrics = Metrics(config.model, plan.max_model_len)
     metrics.set_cache_config(
         block_size=plan.block_size,
@@ -86,6 +89,13 @@ def start(config: EngineConfig) -> Started:
     )
     log.info("Ready after %.1f s", time.monotonic() - begin)
     return Started(engine, intake, config, model_config, plan, tokenizer, metrics, recommended_sampling(generation))
+
+
+@torch.inference_mode()
+def _warm_up(model: CausalLM) -> None:
+    """Kernels are tried and set up at their first use: let it not be a request's. One row, and enough for a group."""
+    for count in (1, 17):
+        model.logits(model(packed([[0] * count])))
 
 
 def _limits(config: EngineConfig, plan: Plan) -> Limits:

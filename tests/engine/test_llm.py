@@ -197,6 +197,8 @@ def test_defaults_come_from_the_models_files(tiny_llama: Path, tmp_path: Path) -
 def test_wrong_options_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match='Did you mean "max_num_seqs"'):
         LLM(str(tiny_llama), max_num_seq=3)
+    with pytest.raises(ConfigError, match="trust_remote_code=True is not possible: no code"):
+        LLM(str(tiny_llama), trust_remote_code=True)
     with pytest.raises(ConfigError, match="block_size must divide 128, got 24"):
         LLM(str(tiny_llama), block_size=24)
     with pytest.raises(DoesNotFit, match="does not fit"):
