@@ -154,7 +154,8 @@ class Scheduler:
                 break
             if sequence.running:  # and not preempted by one before it
                 self._plan_running(sequence, plan)
-        self._admit(plan)
+        if not plan.short:
+            self._admit(plan)
         if not plan.chunks:
             self._clear_idle(plan)
             self._admit(plan)
@@ -182,7 +183,7 @@ class Scheduler:
         if count == 0:
             return
         while not self._tables.reserve(sequence, count, plan.copies):
-            victim = self._running[-1]
+            victim, plan.short = self._running[-1], True
             self._preempt(victim, plan)
             if victim is sequence:
                 return
@@ -334,6 +335,8 @@ class _Plan:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        # Blocks ran out: nobody new is let in, least of all a sample that parted in this step and whose token it draws.
+        self.short = False
         self.chunks: list[Chunk] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[int] = []

@@ -73,6 +73,7 @@ class Device:
                 self._put((target, offset), self._slots.get((source, offset)))
         written: set[tuple[int, int]] = set()
         for chunk in step.chunks:
+            assert chunk.sequence in self.truths, "a sequence is planned in the step that draws its first token"
             self._write(chunk, written)
         for chunk in step.chunks:
             self.check_view(chunk.sequence, chunk.blocks, chunk.start + len(chunk.tokens))

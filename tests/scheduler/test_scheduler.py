@@ -121,6 +121,18 @@ def test_samples_without_a_place_wait_and_find_the_prompt_again() -> None:
     assert sizes(run(scheduler)) == {second.id: 2}
 
 
+def test_a_sample_is_not_let_in_by_the_step_that_draws_its_first_token() -> None:
+    scheduler = make(blocks=5, seqs=2, long_prefill_token_threshold=4)
+    first, other = add(scheduler, 12, n=2, max_tokens=4), add(scheduler, 8)
+    run(scheduler)
+    run(scheduler)
+    step = run(scheduler)
+    # The other gives way, which leaves a seat and blocks, but the sample that has just parted has nothing to compute yet.
+    assert (sizes(step), step.preempted) == ({first.id: 4}, (other.id,))
+    sample = scheduler.sequences_of(first.group.request.request_id)[1]
+    assert sizes(run(scheduler)) == {first.id: 1, sample.id: 1}
+
+
 def test_who_was_preempted_comes_back_before_who_came_later() -> None:
     scheduler = make(blocks=6)
     first, second = add(scheduler, 8, max_tokens=16), add(scheduler, 12, max_tokens=12)
