@@ -23,7 +23,7 @@ from quire.scheduler.scheduler import Limits, Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.step import Step
 
-EXAMPLES, RULES, LEAST = 220, 55, 10_000
+EXAMPLES, RULES, LEAST = 320, 55, 10_000
 MAX_MODEL_LEN = 48
 STOP = ALPHABET  # only beams draw it
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=14)
