@@ -88,9 +88,9 @@ def text_losses(folder: Path, most: int) -> dict[str, float]:
 
 
 def parses(text: str) -> bool:
-    """True if a beginning of this text, at least three lines of it, is valid Python.
+    """True if a beginning of this text, at least half of its lines and at least three, is valid Python.
 
-    A sample stops in the middle of something, so the last lines may be dropped; nothing else may.
+    A sample stops in the middle of something, so its last lines may be dropped; nothing else may.
     """
     lines = text.split("\n")
     for end in range(len(lines), max(2, len(lines) // 2), -1):

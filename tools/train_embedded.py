@@ -150,13 +150,18 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def export(model: nn.Module, folder: Path) -> None:
-    """Weights in bfloat16, without the head, which is the embedding."""
+    """Weights in bfloat16, without the head, which is the embedding; readable for everybody, as packages want it."""
     tensors = {
         name: p.detach().to(torch.bfloat16).contiguous()
         for name, p in model.named_parameters()
         if name != "lm_head.weight"
     }
-    write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+    write_atomically(folder / "model.safetensors", write)
 
 
 class Trainer:
