@@ -11,10 +11,13 @@ from quire.models.config import ModelConfig
 
 
 def allocate(config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-    """Keys and values of all layers for `num_blocks` blocks and the null block. Memory is touched when first written."""
+    """Keys and values of all layers for `num_blocks` blocks and the null block.
+
+    The memory is taken when it is first written; what it holds before is never let into a product (ops/reference/attention).
+    """
     shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
     layers = range(config.num_layers)
-    return KVCache([torch.zeros(shape, dtype=dtype) for _ in layers], [torch.zeros(shape, dtype=dtype) for _ in layers])
+    return KVCache([torch.empty(shape, dtype=dtype) for _ in layers], [torch.empty(shape, dtype=dtype) for _ in layers])
 
 
 def copy_blocks(kv: KVCache, copies: Sequence[tuple[int, int]]) -> None:

@@ -14,7 +14,8 @@ class Embedding(nn.Module):
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size))
-        nn.init.normal_(self.weight, std=0.02)
+        if not self.weight.is_meta:  # see Linear
+            nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.weight)

@@ -33,7 +33,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+        if not self.weight.is_meta:  # there torch would import its compiler to fill nothing, and take seconds
+            nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x)
