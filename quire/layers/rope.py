@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.models.config import RopeConfig
+from quire.layers.rope_config import RopeConfig
 
 
 class Rope:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ModelError
+from quire.layers.rope_config import RopeConfig
 
 MOST_CONFIG_BYTES = 4 << 20
 ACTIVATIONS = {
@@ -24,16 +25,6 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 DTYPES = {"float32": "float32", "float": "float32", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding. kind: default | linear | dynamic | llama3 | yarn | longrope; `options` as in the file."""
-
-    theta: float
-    rotary_dim: int
-    kind: str = "default"
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from quire.layers.linear import Linear
 from quire.layers.mlp import GatedMLP
 from quire.layers.norm import RMSNorm
 from quire.layers.rope import Rope
-from quire.models.config import ModelConfig, RopeConfig
+from quire.layers.rope_config import RopeConfig
+from quire.models.config import ModelConfig
 
 
 class DecoderLayer(nn.Module):
