@@ -34,16 +34,17 @@ from quire.weights.hub import resolve
 
 EXAMINATION_SEED = 2048
 LONGEST_ANSWER, PROGRAM_TOKENS = 200, 160
+# Without a space at the end: it would be a token of its own, where the text has it in front of the next word.
 STARTS = (
-    "def ",
-    "import ",
-    "class ",
+    "def",
+    "import",
+    "class",
     "def __init__(self",
-    "for ",
-    "if ",
-    "def main():\n",
-    "try:\n",
-    "while ",
+    "for",
+    "if",
+    "def main():\n   ",
+    "try:\n   ",
+    "while",
     "with open(",
 )
 
