@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_reference import reference_draw, reference_probabilities
 from scipy import stats
 
 from quire.request import SamplingParams
 from quire.sampling import SamplingRow, sample
 from quire.sampling.draw import uniform
+from tests.sampling.sampling_reference import reference_draw, reference_probabilities
 
 DRAWS = 12_000
 VOCABULARY = 200

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_reference import reference_logits, reference_logprobs, reference_probabilities
 
 from quire.request import SamplingParams
 from quire.sampling import SampledRow, SamplingRow, sample
+from tests.sampling.sampling_reference import reference_logits, reference_logprobs, reference_probabilities
 
 V = 150
 token_ids = st.integers(0, V - 1)

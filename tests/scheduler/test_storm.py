@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from kv_contents import ALPHABET, Device, draw
 
 from quire.engine.beam import BeamSearch
 from quire.errors import InvalidRequest
@@ -22,6 +21,7 @@ from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Limits, Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.step import Step
+from tests.scheduler.kv_contents import ALPHABET, Device, draw
 
 EXAMPLES, RULES, LEAST = 320, 55, 10_000
 MAX_MODEL_LEN = 48

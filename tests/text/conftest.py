@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizer_layouts import LAYOUTS
 
 from quire.text import Tokenizer
+from tests.text.tokenizer_layouts import LAYOUTS
 
 
 @pytest.fixture(scope="session")

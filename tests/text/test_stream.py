@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_layouts import CORPUS, LAYOUTS, SAMPLES
 
 from quire.request import SamplingParams
 from quire.text import TextStream, Tokenizer
 from quire.text.stream import StopWatch
+from tests.text.tokenizer_layouts import CORPUS, LAYOUTS, SAMPLES
 
 quick = settings(max_examples=150, deadline=None, database=None)
 layouts = st.sampled_from(list(LAYOUTS))

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_layouts import LAYOUTS, SAMPLES, added, byte_level_folder, gpt2_folder, opt_folder, sentencepiece_folder, write
 
 from quire.errors import InvalidRequest, ModelError
 from quire.text import Tokenizer
+from tests.text.tokenizer_layouts import (
+    LAYOUTS,
+    SAMPLES,
+    added,
+    byte_level_folder,
+    gpt2_folder,
+    opt_folder,
+    sentencepiece_folder,
+    write,
+)
 
 
 def reference(folder: Path) -> Any:
