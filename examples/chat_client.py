@@ -9,7 +9,7 @@ from openai import OpenAI
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 model = client.models.list().data[0].id
-question = " ".join(sys.argv[1:]) or "What is 12 + 30?"
+question = " ".join(sys.argv[1:]) or "Hello! Who are you?"
 stream = client.chat.completions.create(
     model=model, messages=[{"role": "user", "content": question}], stream=True, max_tokens=64
 )
