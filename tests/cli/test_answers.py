@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -220,7 +221,12 @@ def test_ctrl_c_in_a_real_process(tiny_llama: Path) -> None:
     """One signal stops the answer, and the same process answers the next message."""
     command = [sys.executable, "-u", "-m", "quire.cli", "chat", str(tiny_llama), *ENGINE, "--ignore-eos"]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts what runs in the background with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -232,7 +238,8 @@ def test_ctrl_c_in_a_real_process(tiny_llama: Path) -> None:
     deadline = time.monotonic() + 60
     shown = b""
     while b"[stopped]" not in shown and time.monotonic() < deadline:
-        shown += process.stdout.read1()
+        if select.select([process.stdout], [], [], 1)[0]:
+            shown += process.stdout.read1()
     assert b"[stopped]" in shown
     out, _ = process.communicate(b"/set min_tokens default\n/set max_tokens 2\nagain\n/stats\n", timeout=60)
     assert b"all: 2 answers" in out
