@@ -85,5 +85,5 @@ def sampling_defaults() -> dict[str, Any]:
 
 
 def check(values: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest if a value is out of range."""
-    SamplingParams(**values)
+    """Raise InvalidRequest if a value is out of range. Without max_tokens an answer may be as long as fits."""
+    SamplingParams(**{"max_tokens": None, **values})

@@ -281,7 +281,7 @@ def test_documents_reach_the_template(pair: tuple[Tokenizer, Any]) -> None:
 
 
 def test_named_templates(tmp_path: Any) -> None:
-    from tokenizer_layouts import gpt2_folder, write
+    from tests.text.tokenizer_layouts import gpt2_folder, write
 
     def load() -> Tokenizer:
         return Tokenizer.from_folder(tmp_path)
