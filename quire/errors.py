@@ -3,7 +3,6 @@
     QuireError
     |- InvalidRequest (ValueError)     400  a request's field is wrong
     |- NotFound (LookupError)          404  a named thing does not exist
-    |- NotSupported                    501  understood, but not built
     |- TooManyRequests                 429  this caller's quota
     |- Unavailable                     503  the whole server: starting, draining, full or dead
     |  |- Overloaded                        admission refused; comes with `retry_after`
@@ -62,13 +61,6 @@ class NotFound(QuireError, LookupError):
         super().__init__(message)
         self.message = message
         self.parameter = parameter
-
-
-class NotSupported(QuireError):
-    """The request is well formed but asks for something that Quire does not do."""
-
-    status = 501
-    type = "NotImplementedError"
 
 
 class TooManyRequests(QuireError):

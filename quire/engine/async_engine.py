@@ -16,7 +16,7 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.start import Started, start
-from quire.errors import EngineDead, QuireError
+from quire.errors import EngineDead
 from quire.log import logger
 from quire.request import BeamSearchParams, EngineRequest, RequestOutput, SamplingParams
 
@@ -56,7 +56,7 @@ class AsyncEngine:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._readers: dict[str, _Reader] = {}
-        self._stopping = False
+        self._stopping = self._closed = False
         self._dead: Exception | None = None
         self._turned = time.monotonic()
         self._counts = (0, 0, 0)
@@ -91,7 +91,8 @@ class AsyncEngine:
         long = isinstance(prompt, str) and len(prompt) > TOKENIZE_OFF_LOOP
         request = await asyncio.to_thread(accept) if long else accept()
         reader = _Reader()
-        self._call(lambda: self._add(request, reader))
+        if not self._call(lambda: self._add(request, reader)):
+            self._check_alive()
         finished = False
         try:
             while not finished:
@@ -125,8 +126,8 @@ class AsyncEngine:
             done.append(self._engine.reset_prefix_cache())
             event.set()
 
-        self._check_alive()
-        self._call(reset)
+        if not self._call(reset):
+            self._check_alive()
         event.wait(timeout=60)
         return bool(done and done[0])
 
@@ -174,7 +175,7 @@ class AsyncEngine:
     def _add(self, request: EngineRequest, reader: _Reader) -> None:
         try:
             self._engine.add(request)
-        except QuireError as error:
+        except Exception as error:  # whatever it is, it is this request's own
             self._hand_over([(reader, error)])
             return
         self._readers[request.request_id] = reader
@@ -216,6 +217,7 @@ class AsyncEngine:
         readers, self._readers = list(self._readers.values()), {}
         self._hand_over([(reader, error) for reader in readers])
         with self._wake:
+            self._closed = True
             calls = list(self._calls)
             self._calls.clear()
         for call in calls:
@@ -225,11 +227,13 @@ class AsyncEngine:
 
     # -- crossing over ------------------------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[], None]) -> None:
-        """Have the engine thread do something at the next turn."""
+    def _call(self, call: Callable[[], None]) -> bool:
+        """Have the engine thread do something at the next turn; False if it has ended and nobody would."""
         with self._wake:
-            self._calls.append(call)
-            self._wake.notify()
+            if not self._closed:
+                self._calls.append(call)
+                self._wake.notify()
+            return not self._closed
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -258,9 +258,8 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         progress = self._progress.pop(request_id)
         self._beams.pop(request_id, None)
-        live = {sequence.id for sequence in self.scheduler.sequences_of(request_id)}
         self._scored = {number: length for number, length in self._scored.items() if self.scheduler.sequence(number)}
-        assert not live, "a finished request still has sequences"
+        assert not self.scheduler.sequences_of(request_id), "a finished request still has sequences"
         progress.metrics.finished_time = self._clock()
         self._stats.finished(progress)
 

@@ -92,11 +92,13 @@ class Stats:
         self._logged, self._prompt, self._generated, self._preempted = self._clock(), 0, 0, 0
 
     def _advice(self, seconds: float) -> str:
-        """What would stop the preemptions, with values: the running sequences at the length that they may all reach."""
+        """What would stop the preemptions, with values: room for every present sequence at the length that it may reach."""
         scheduler, plan = self._scheduler, self._plan
         needed, sequences = scheduler.blocks_at_full_length(), scheduler.num_running + scheduler.num_waiting
+        average = -(-needed // max(1, sequences)) * plan.block_size
         return (
             f"{self._preempted} preemptions in {seconds:.0f} s: {sequences} sequences may need "
             f"{needed:,} KV blocks, there are {plan.num_blocks:,}. Either --kv-cache-memory-bytes "
-            f"{(needed + 1) * plan.bytes_per_block} or --max-num-seqs {max(1, scheduler.num_running)} would avoid them."
+            f"{(needed + 1) * plan.bytes_per_block} or --max-num-seqs {max(1, plan.sequences_that_fit(average))} "
+            "would avoid them."
         )

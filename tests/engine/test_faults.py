@@ -163,6 +163,28 @@ def test_an_engine_thread_that_dies_tells_everyone(engine: AsyncEngine, monkeypa
 
     asyncio.run(scenario())
     assert not engine.heartbeat().alive
+    engine.abort("running")  # idempotent in every state, this one too
+    with pytest.raises(EngineDead, match="scheduler broke"):
+        engine.reset_prefix_cache()
+
+
+def test_a_request_that_breaks_the_queue_ends_alone(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    adding = engine._engine.add
+
+    def add(request) -> None:
+        if request.request_id == "odd":
+            raise RuntimeError("odd request")
+        adding(request)
+
+    async def scenario() -> None:
+        monkeypatch.setattr(engine._engine, "add", add)
+        with pytest.raises(RuntimeError, match="odd request"):
+            await run(engine, [5, 6], "odd")
+        assert (await run(engine, [5, 6], "even")).finished
+        await settled(engine)
+
+    asyncio.run(scenario())
+    assert at_baseline(engine)
 
 
 def test_an_unknown_model_type_stops_the_start(tiny_llama: Path, tmp_path: Path) -> None:

@@ -203,3 +203,15 @@ def test_wrong_options_are_refused(tiny_llama: Path) -> None:
         LLM(str(tiny_llama), block_size=24)
     with pytest.raises(DoesNotFit, match="does not fit"):
         LLM(str(tiny_llama), kv_cache_memory_bytes=20000, max_model_len=512)
+
+
+def test_preemptions_are_explained_with_values(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("quire.engine.stats.INTERVAL", 0.0)
+    llm = LLM(str(tiny_llama), max_model_len=128, num_gpu_blocks_override=16)
+    run(llm, [[number + 2] * 20 for number in range(12)], GREEDY.clone(max_tokens=60))
+    (advice, *_) = [record.getMessage() for record in caplog.records if "preemptions in" in record.getMessage()]
+    # 20 + 60 tokens are 5 blocks a request: 12 of them need 60, and 16 blocks are enough for 3.
+    assert "12 sequences may need 60 KV blocks, there are 16" in advice
+    assert f"--kv-cache-memory-bytes {61 * llm.plan.bytes_per_block} or --max-num-seqs 3 " in advice
