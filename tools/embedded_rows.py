@@ -1,8 +1,9 @@
 """Text and conversations as token rows, and the rows of each training step.
 
-A step's rows are a pure function of (seed, step): nothing has to be saved for an exact resume. About two fifths of the
-tokens are library text (windows of 768 to 2,048 tokens), the rest conversations. Every token of a text is learned;
-of a conversation only what the assistant says, its end-of-turn token included. Knows no model.
+A step's rows are a pure function of (seed, step): nothing has to be saved for an exact resume. Half of the tokens are
+library text (windows of 1,024 and 2,048 tokens), a twelfth are meaningless repetitions, the rest conversations. Every
+token of a text is learned; of a repetition all but its first round; of a conversation only what the assistant says, its
+end-of-turn token included. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from tokenizers import Tokenizer
 
 BEGIN_ID, END_ID, TURN_ID = 1, 2, 3
 LONGEST = 2048
-TEXT_WINDOWS = (768,) * 7 + (1024,) + (768,) * 7 + (2048,)
-"""The length of the text window in each of sixteen consecutive steps."""
+TEXT_WINDOWS = ((1024, 1024), (1024, 1024), (1024, 1024), (2048,))
+"""The lengths of the text windows in each of four consecutive steps."""
+REPETITIONS, REPEATED = 5, range(8, 33)
+"""Repetitions in a step, and how many tokens are repeated in one."""
 LONG_CONVERSATION_EVERY, LONG_CONVERSATION_PARTS = 8, 12
 STATEMENTS = 4
 GOLDEN = 0.6180339887498949
@@ -60,9 +63,22 @@ class RowMaker:
         tokens = [BEGIN_ID, *self.ids("\n".join(facts.statement(random) for _ in range(STATEMENTS))), END_ID]
         return Row(tokens, [False] + [True] * (len(tokens) - 1))
 
+    def repetition(self, random: Random) -> Row:
+        """Tokens without meaning, over and over. Only looking back predicts them, and to copy from a question is the
+        same: small models find it late by themselves (Olsson et al. 2022, induction heads)."""
+        count = random.choice(REPEATED)
+        if random.random() < 0.5:
+            once = random.sample(range(TURN_ID + 1, self.tokenizer.get_vocab_size()), count)
+        else:
+            once = random.choices(self.stream, k=count)
+        tokens = [BEGIN_ID, *once * random.choice((2, 2, 3))]
+        return Row(tokens, [False] * (1 + count) + [True] * (len(tokens) - 1 - count))
+
     def step(self, step: int) -> list[Row]:
         random = Random(f"{self.seed}:{step}")
-        rows = [self.text_window(step, TEXT_WINDOWS[step % len(TEXT_WINDOWS)]), self.statements(random)]
+        lengths = TEXT_WINDOWS[step % len(TEXT_WINDOWS)]
+        rows = [self.text_window(step * 2 + index, length) for index, length in enumerate(lengths)]
+        rows += [self.statements(random), *(self.repetition(random) for _ in range(REPETITIONS))]
         room = self.step_tokens - sum(len(row.tokens) for row in rows)
         if step % LONG_CONVERSATION_EVERY == LONG_CONVERSATION_EVERY // 2:
             messages = [

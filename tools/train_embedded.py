@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("QUIRE_OPS", "plain")
 
 import torch
 from embedded_data import corpus
@@ -42,6 +43,7 @@ VALIDATION_TOKENS = 8_192
 SPEED_MEMORY = 0.97
 MOST_NORM = 1.0
 MEETING_SECONDS = 900
+HEAD_ROWS = 128
 
 
 def options() -> argparse.Namespace:
@@ -58,7 +60,7 @@ def options() -> argparse.Namespace:
         "--export-minutes", type=float, default=10.0, help="write the weights so far that often; 0: only at the end"
     )
     parser.add_argument("--replay", type=Path, help="schedule.json of an earlier run: follow it instead of the clock")
-    parser.add_argument("--step-tokens", type=int, default=2304)
+    parser.add_argument("--step-tokens", type=int, default=4096)
     parser.add_argument(
         "--matrix-rate", type=float, default=0.02, help="Muon's learning rate, for the layers' matrices"
     )
@@ -90,13 +92,43 @@ def initialize(model: nn.Module, layers: int, seed: int) -> None:
             nn.init.normal_(parameter, std=scale, generator=generator)
 
 
+class HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden [R, E] times head [V, E] against targets [R].
+
+    In chunks of rows whose logits stay in the processor's cache; each chunk's gradient is made while they are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        loss = hidden.new_zeros(())
+        hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
+        for rows, goals, row_grads in zip(
+            *(tensor.split(HEAD_ROWS) for tensor in (hidden, targets, hidden_grad)), strict=True
+        ):
+            logits = rows @ head.t()
+            logits -= logits.amax(-1, keepdim=True)
+            loss -= logits.gather(1, goals[:, None]).sum()
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += total.log().sum()
+            logits.div_(total)
+            logits[torch.arange(len(goals)), goals] -= 1
+            torch.mm(logits, head, out=row_grads)
+            head_grad.addmm_(logits.t(), rows)
+        ctx.save_for_backward(hidden_grad, head_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        return hidden_grad.mul_(grad), head_grad.mul_(grad), None
+
+
 def loss_of(model: nn.Module, rows: list[Row]) -> tuple[Tensor, int]:
     """Summed cross-entropy over the learned tokens, and how many they are. Only their rows get logits."""
     batch = packed([row.tokens for row in rows])
     learned = torch.tensor([flag for row in rows for flag in (*row.learned[1:], False)])
     wanted = learned.nonzero()[:, 0]
-    logits = model.logits(model(batch)[wanted])
-    return nn.functional.cross_entropy(logits, batch.tokens[wanted + 1], reduction="sum"), len(wanted)
+    return HeadLoss.apply(model(batch)[wanted], model.lm_head.weight, batch.tokens[wanted + 1]), len(wanted)
 
 
 @torch.no_grad()
@@ -217,17 +249,17 @@ class Trainer:
         number = self.progress.step
         rows = self.rows.step(number)
         learned = sum(sum(row.learned[1:]) for row in rows)
+        for name, parameter in self.named.items():
+            parameter.grad = self.gradients[rank][name].zero_()
         loss, _ = loss_of(self.model, shares(rows, self.ranks)[rank])
         (loss / learned).backward()
         self.losses[rank] = loss.detach() / learned
-        for name, parameter in self.named.items():
-            self.gradients[rank][name].copy_(parameter.grad)
-            parameter.grad = None
         self.meeting.wait()
-        summed = {name: sum(one[name] for one in self.gradients) for name in self.named}
+        summed = {name: sum((one[name] for one in self.gradients[1:]), self.gradients[0][name]) for name in self.named}
         norm = float(torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in summed.values()])))
         if norm > MOST_NORM:
-            summed = {name: gradient * (MOST_NORM / norm) for name, gradient in summed.items()}
+            for gradient in summed.values():
+                gradient.mul_(MOST_NORM / norm)
         self.optimizer.update(rank, summed, number, float(self.decision[1]))
         self.progress.step += 1
         self.progress.tokens += sum(len(row.tokens) for row in rows)
@@ -237,7 +269,7 @@ class Trainer:
     def follow(self, rank: int) -> None:
         """The life of every rank but 0."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             self.meeting.wait()
             if not self.decision[0]:
@@ -301,7 +333,11 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    trainer.lead()
+    try:
+        trainer.lead()
+    except BaseException:
+        trainer.meeting.abort()  # nobody waits for a rank 0 that has failed
+        raise
     for process in others:
         process.join()
 

@@ -31,7 +31,7 @@ def packed_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    if _wanted(q, k, v):
+    if _wanted(q, k, v) and not getattr(forward, "differentiable", False):
         return _PackedAttention.apply(forward, q, k, v, starts, scale, window, softcap)
     return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
 

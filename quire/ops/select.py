@@ -9,7 +9,7 @@ from types import ModuleType
 from quire import envs
 from quire.errors import ConfigError
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "plain")
 
 
 @functools.cache
