@@ -11,13 +11,20 @@ Letters: T tokens, S sequences, H heads, K kv heads, D head size, N blocks, B bl
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from quire.ops import autograd
 from quire.ops.select import selected
+from quire.ops.weights import Weight
 
 OPERATIONS = (
     "linear",
+    "pack",
+    "packed_linear",
+    "packed_rows",
     "embedding",
     "rms_norm",
     "layer_norm",
@@ -33,6 +40,21 @@ OPERATIONS = (
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, I] times weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype. Differentiable."""
     return autograd.linear(selected().linear, x, weight, bias)
+
+
+def pack(weight: Weight) -> Any:
+    """`weight` in the layout that this implementation's kernels read; what it was made of may be freed afterwards."""
+    return selected().pack(weight)
+
+
+def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
+    """x [T, I] times a packed weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype."""
+    return selected().packed_linear(x, packed, bias)
+
+
+def packed_rows(ids: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` [T] of a packed weight [V, E], as `dtype`: [T, E] (an embedding that shares the head's weight)."""
+    return selected().packed_rows(ids, packed, dtype)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.ops.reference import embedding, layer_norm, paged_attention, rope, write_kv
+from quire.ops.reference import embedding, layer_norm, pack, packed_linear, packed_rows, paged_attention, rope, write_kv
 from quire.ops.reference import packed_attention as reference_packed_attention
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "gated_activation",
     "layer_norm",
     "linear",
+    "pack",
     "packed_attention",
+    "packed_linear",
+    "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope",

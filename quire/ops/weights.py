@@ -1,0 +1,71 @@
+"""The forms in which the weight of a linear layer is kept, before an implementation packs it for its kernels.
+
+Letters: O outputs, I inputs, G groups of consecutive inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """values [O, I]: float32, bfloat16 or float16."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.values.shape)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """w = values * scales. values int8 [O, I], scales float32 [O].
+
+    Products take x as int8 too, each row with a scale of its own: round(x / s), s = max|x| / 127 (w8a8).
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.values.shape)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """w[:, order[i]] = (values[:, i] - zeros[:, g]) * scales[:, g], g = i // group_size.
+
+    values uint8 [O, I / 2] (input 2i in the low half of byte i), scales float32 [O, G], zeros uint8 [O, G]; order int64 [I]
+    (None: as they are) is the order in which inputs lie in the groups (GPTQ's act-order). group_size: a multiple of 32 that
+    divides I. Products take x as int8, with a scale for each row and group (w4a8).
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] * 2
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """w = values * scales. values float8_e4m3fn [O, I], scales float32 [O]. x stays as it is (w8a16)."""
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.values.shape)
+
+
+Weight = DenseWeight | Int8Weight | Int4Weight | Fp8Weight
