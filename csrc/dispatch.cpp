@@ -1,0 +1,97 @@
+// Chooses the kernels for this processor, once, and is the C interface to them.
+#include "kernels.h"
+#include "pool.h"
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Isa {
+    const char *name;
+    bool here;
+    quire::Kernels kernels;
+};
+
+#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k); })
+
+std::vector<Isa> find() {
+    std::vector<Isa> found;
+    auto add = [&](const char *name, void (*fill)(quire::Kernels &)) {
+        found.push_back({name, true, {}});
+        fill(found.back().kernels);
+    };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        ADD(avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ADD(avx2);
+    ADD(generic);
+#elif defined(__aarch64__)
+    ADD(neon);
+#else
+    ADD(generic);
+#endif
+    return found;
+}
+
+std::vector<Isa> &isas() {
+    static std::vector<Isa> found = find();
+    return found;
+}
+size_t chosen = 0;
+
+const quire::Kernels &kernels() { return isas()[chosen].kernels; }
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int quire_version(void) { return QUIRE_VERSION; }
+
+const char *quire_isa(void) { return isas()[chosen].name; }
+
+const char *quire_isas(void) {
+    static std::string names = [] {
+        std::string out;
+        for (auto &isa : isas()) out += (out.empty() ? "" : ",") + std::string(isa.name);
+        return out;
+    }();
+    return names.c_str();
+}
+
+int quire_set_isa(const char *name) {
+    for (size_t i = 0; i < isas().size(); i++)
+        if (!std::strcmp(isas()[i].name, name)) return chosen = i, 0;
+    return -1;
+}
+
+int quire_set_threads(int count) { return quire::set_threads(count); }
+int quire_threads(void) { return quire::threads(); }
+
+int64_t quire_packed_bytes(int form, int type, int64_t outputs, int64_t inputs) {
+    const int64_t padded = (outputs + 31) / 32 * 32;
+    if (form == QUIRE_INT8) return padded * ((inputs + 3) / 4 * 4);
+    if (form == QUIRE_INT4) return inputs % 8 ? -1 : padded * inputs / 2;
+    if (form != QUIRE_DENSE) return -1;
+    if (type == QUIRE_F32) return padded * inputs * 4;
+    if (type == QUIRE_BF16 || type == QUIRE_F16) return padded * inputs * 2;
+    return type == QUIRE_E4M3 ? padded * inputs : -1;
+}
+
+int quire_pack(const quire_weight *weight, const void *source, int64_t source_stride) {
+    return kernels().pack(weight, source, source_stride);
+}
+
+int quire_linear(const quire_weight *weight, int type, int64_t rows, const void *x, int64_t x_stride, const void *bias,
+                 void *y, int64_t y_stride) {
+    return kernels().linear(weight, type, rows, x, x_stride, bias, y, y_stride);
+}
+
+int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out) {
+    return kernels().weight_rows(weight, type, rows, ids, out);
+}
+}

@@ -1,0 +1,491 @@
+// Products of rows with a packed weight, one tile order for every number of rows.
+//
+// A weight lies in panels of 32 outputs. For each input in turn a panel holds its 32 values (one cache line in bfloat16), so
+// a product reads memory in one direction, and every output has a chain of its own: acc[r][o] = fma(x[r][i], w[o][i], acc),
+// i ascending. Tiles of rows share the reading; where a chain is put aside between blocks of inputs it is stored whole.
+// For more than one tile a block of the panel is first decoded to float32, so that narrow types cost their decoding once.
+//
+// INT8 and INT4 multiply unsigned weights (INT8 stores w + 128) by signed activations in exact integers.
+#include "kernels.h"
+#include "pool.h"
+#include "vector.h"
+
+#include <algorithm>
+
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int PANEL = 32;               // outputs of a panel
+constexpr int PARTS = PANEL / LANES;    // vectors of a panel's row
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12;           // rows of a tile: what the registers hold
+#elif defined(__AVX2__)
+constexpr int MOST_ROWS = 3;
+#elif defined(__aarch64__)
+constexpr int MOST_ROWS = 3;
+#else
+constexpr int MOST_ROWS = 1;
+#endif
+constexpr int64_t BLOCK_INPUTS = 1024;  // inputs between two store-aways: a decoded block takes half of a small L2
+constexpr int64_t BLOCK_ROWS = 96;      // rows that pass over a decoded block
+constexpr int AHEAD = 1024;             // bytes between a read and its prefetch
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// ---- decoding: one input's 32 weights as floats -------------------------------------------------------------------
+
+template <int type> struct Dense;
+template <> struct Dense<QUIRE_F32> {
+    static constexpr int64_t BYTES = PANEL * 4;
+    static INLINE void read(const uint8_t *p, Floats *w) {
+        for (int v = 0; v < PARTS; v++) w[v] = load<Floats>(p + v * LANES * 4);
+    }
+};
+// Word j holds outputs j and j + 16, so that both become floats by one operation.
+template <> struct Dense<QUIRE_BF16> {
+    static constexpr int64_t BYTES = PANEL * 2;
+    static INLINE void read(const uint8_t *p, Floats *w) {
+        for (int v = 0; v < PARTS / 2; v++) {
+            Words pair = load<Words>(p + v * LANES * 4);
+            w[v] = bits<Floats>(pair << 16);
+            w[v + PARTS / 2] = bits<Floats>(pair & 0xffff0000u);
+        }
+    }
+};
+template <> struct Dense<QUIRE_F16> {
+    static constexpr int64_t BYTES = PANEL * 2;
+    static INLINE void read(const uint8_t *p, Floats *w) {
+        for (int v = 0; v < PARTS; v++) w[v] = floats_of_f16(load<Halves>(p + v * LANES * 2));
+    }
+};
+template <> struct Dense<QUIRE_E4M3> {
+    static constexpr int64_t BYTES = PANEL;
+    static INLINE void read(const uint8_t *p, Floats *w) {
+        for (int v = 0; v < PARTS; v++) w[v] = floats_of_e4m3(load<Bytes>(p + v * LANES));
+    }
+};
+
+// ---- the tile: ROWS rows times PANELS panels over `inputs` inputs ---------------------------------------------------
+
+// x: [inputs, ROWS]. acc: [ROWS, PANELS * 32], read and written. Panels lie panel_bytes apart.
+template <class Weights, int ROWS, int PANELS>
+INLINE void tile(int64_t inputs, const float *x, const uint8_t *w, int64_t panel_bytes, float *acc, bool fetch) {
+    Floats sums[ROWS][PANELS * PARTS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PANELS * PARTS; v++) sums[r][v] = load<Floats>(acc + (r * PANELS * PARTS + v) * LANES);
+    for (int64_t i = 0; i < inputs; i++) {
+        Floats values[PANELS * PARTS];
+        for (int p = 0; p < PANELS; p++) {
+            const uint8_t *from = w + p * panel_bytes + i * Weights::BYTES;
+            if (fetch) __builtin_prefetch(from + AHEAD);
+            Weights::read(from, values + p * PARTS);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            Floats one = all(x[i * ROWS + r]);
+            for (int v = 0; v < PANELS * PARTS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PANELS * PARTS; v++) store(acc + (r * PANELS * PARTS + v) * LANES, sums[r][v]);
+}
+
+using Tile = void (*)(int64_t, const float *, const uint8_t *, int64_t, float *);
+
+template <class Weights, int ROWS, int PANELS>
+void tile_call(int64_t inputs, const float *x, const uint8_t *w, int64_t panel_bytes, float *acc) {
+    tile<Weights, ROWS, PANELS>(inputs, x, w, panel_bytes, acc, true);
+}
+
+// Few rows leave registers free: more panels at a time hide the latency of the chains.
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+template <class Weights> Tile tile_for(int rows, int panels) {
+    static_assert(MOST_ROWS <= 12);
+#define ONE(n)                                                                                            \
+    if constexpr (n <= MOST_ROWS)                                                                         \
+        if (rows == n) return panels == 1 ? tile_call<Weights, n, 1> : tile_call<Weights, n, panels_for(n)>;
+    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+#undef ONE
+    return nullptr;
+}
+
+// ---- rows in and out -------------------------------------------------------------------------------------------------
+
+INLINE float element(int type, const void *p, int64_t i) {
+    if (type == QUIRE_F32) return static_cast<const float *>(p)[i];
+    uint16_t half = static_cast<const uint16_t *>(p)[i];
+    return type == QUIRE_BF16 ? from_bf16(half) : from_f16(half);
+}
+
+int64_t bytes_of(int type) { return type == QUIRE_F32 ? 4 : type == QUIRE_E4M3 || type == QUIRE_E5M2 ? 1 : 2; }
+
+void row_to_floats(int type, const void *source, int64_t count, float *out) {
+    int64_t i = 0;
+    if (type == QUIRE_F32) {
+        std::memcpy(out, source, size_t(count) * 4);
+        return;
+    }
+    auto from = static_cast<const uint16_t *>(source);
+    for (; i + LANES <= count; i += LANES) {
+        Halves half = load<Halves>(from + i);
+        store(out + i, type == QUIRE_BF16 ? floats_of_bf16(half) : floats_of_f16(half));
+    }
+    for (; i < count; i++) out[i] = type == QUIRE_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
+}
+
+void floats_to_row(int type, const float *source, int64_t count, void *out) {
+    int64_t i = 0;
+    if (type == QUIRE_F32) {
+        std::memcpy(out, source, size_t(count) * 4);
+        return;
+    }
+    auto to = static_cast<uint16_t *>(out);
+    for (; i + LANES <= count; i += LANES) {
+        Floats value = load<Floats>(source + i);
+        store(to + i, type == QUIRE_BF16 ? bf16_of_floats(value) : f16_of_floats(value));
+    }
+    for (; i < count; i++) to[i] = type == QUIRE_BF16 ? to_bf16(source[i]) : to_f16(source[i]);
+}
+
+// How `rows` rows are cut into tiles of nearly equal size: each tile's rows, at most MOST_ROWS.
+struct Cut {
+    int64_t tiles, small, larger;  // the first `larger` tiles have small + 1 rows
+    explicit Cut(int64_t rows) {
+        tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+        small = rows / tiles, larger = rows % tiles;
+    }
+    int64_t start(int64_t t) const { return t * small + std::min(t, larger); }
+    int rows(int64_t t) const { return int(small + (t < larger)); }
+};
+
+struct Product {
+    const quire_weight *weight;
+    int type;
+    int64_t rows;
+    const uint8_t *x;
+    int64_t x_stride;
+    const void *bias;
+    uint8_t *y;
+    int64_t y_stride;
+
+    const void *row(int64_t r) const { return x + r * x_stride * bytes_of(type); }
+    // Scales (dense), bias, and the row's own type: sums [32] of row r and panel p into y.
+    void finish(int64_t r, int64_t p, float *sums) const {
+        int64_t start = p * PANEL, count = std::min<int64_t>(PANEL, weight->outputs - start);
+        if (weight->form == QUIRE_DENSE && weight->scales)
+            for (int o = 0; o < count; o++) sums[o] *= weight->scales[start + o];
+        if (bias)
+            for (int o = 0; o < count; o++) sums[o] += element(type, bias, start + o);
+        floats_to_row(type, sums, count, y + (r * y_stride + start) * bytes_of(type));
+    }
+};
+
+// ---- dense -----------------------------------------------------------------------------------------------------------
+
+template <class Weights> void dense(const Product &product) {
+    const quire_weight &weight = *product.weight;
+    const int64_t inputs = weight.inputs, panels = up(weight.outputs, PANEL) / PANEL;
+    const int64_t panel_bytes = inputs * Weights::BYTES;
+    auto data = static_cast<const uint8_t *>(weight.data);
+    const Cut cut(product.rows);
+
+    // x as floats, tile by tile, [inputs, rows of the tile].
+    auto x = static_cast<float *>(quire::scratch(0, product.rows * inputs * 4));
+    quire::parallel(cut.tiles, [&](int64_t t) {
+        const int rows = cut.rows(t);
+        float *to = x + cut.start(t) * inputs;
+        if (rows == 1) return row_to_floats(product.type, product.row(cut.start(t)), inputs, to);
+        auto line = static_cast<float *>(quire::scratch(1, inputs * 4));
+        for (int r = 0; r < rows; r++) {
+            row_to_floats(product.type, product.row(cut.start(t) + r), inputs, line);
+            for (int64_t i = 0; i < inputs; i++) to[i * rows + r] = line[i];
+        }
+    });
+
+    if (cut.tiles == 1) {
+        const int rows = int(product.rows), together = panels_for(rows);
+        const Tile several = tile_for<Weights>(rows, together), single = tile_for<Weights>(rows, 1);
+        const int64_t groups = panels / together, tasks = std::max<int64_t>(1, std::min<int64_t>(groups, 64));
+        quire::parallel(tasks + (panels % together ? 1 : 0), [&](int64_t task) {
+            alignas(64) float acc[MOST_ROWS * 4 * PANEL];
+            const bool last = task == tasks;
+            const int width = last ? 1 : together;
+            const int64_t end = last ? panels : groups * (task + 1) / tasks * together;
+            for (int64_t p = last ? groups * together : groups * task / tasks * together; p < end; p += width) {
+                std::fill(acc, acc + rows * width * PANEL, 0.0f);
+                (last ? single : several)(inputs, x, data + p * panel_bytes, panel_bytes, acc);
+                for (int r = 0; r < rows; r++)
+                    for (int w = 0; w < width; w++) product.finish(r, p + w, acc + (r * width + w) * PANEL);
+            }
+        });
+        return;
+    }
+
+    const int64_t tiles_in_block = std::max<int64_t>(1, BLOCK_ROWS / MOST_ROWS);
+    const int64_t row_blocks = (cut.tiles + tiles_in_block - 1) / tiles_in_block;
+    quire::parallel(row_blocks * panels, [&](int64_t task) {
+        const int64_t p = task % panels, first = task / panels * tiles_in_block;
+        const int64_t last = std::min(cut.tiles, first + tiles_in_block), row = cut.start(first);
+        auto acc = static_cast<float *>(quire::scratch(2, BLOCK_ROWS * PANEL * 4));
+        auto decoded = static_cast<float *>(quire::scratch(3, BLOCK_INPUTS * PANEL * 4));
+        std::fill(acc, acc + (cut.start(last) - row) * PANEL, 0.0f);
+        for (int64_t begin = 0; begin < inputs; begin += BLOCK_INPUTS) {
+            const int64_t count = std::min(BLOCK_INPUTS, inputs - begin);
+            const uint8_t *from = data + p * panel_bytes + begin * Weights::BYTES;
+            for (int64_t i = 0; i < count; i++) {
+                Floats w[PARTS];
+                __builtin_prefetch(from + i * Weights::BYTES + AHEAD);
+                Weights::read(from + i * Weights::BYTES, w);
+                for (int v = 0; v < PARTS; v++) store(decoded + i * PANEL + v * LANES, w[v]);
+            }
+            for (int64_t t = first; t < last; t++) {
+                const int rows = cut.rows(t);
+                const float *part = x + cut.start(t) * inputs + begin * rows;
+                tile_for<Dense<QUIRE_F32>>(rows, 1)(count, part, reinterpret_cast<uint8_t *>(decoded), 0,
+                                                    acc + (cut.start(t) - row) * PANEL);
+            }
+        }
+        for (int64_t r = row; r < cut.start(last); r++) product.finish(r, p, acc + (r - row) * PANEL);
+    });
+}
+
+// ---- integers --------------------------------------------------------------------------------------------------------
+
+// x as int8: bytes [tile][inputs / 4][row][4]; scales and sums of the integers [row, groups].
+struct Quantized {
+    int8_t *values;
+    float *scales;
+    int32_t *sums;
+    int64_t groups;
+};
+
+void quantize_row(const float *x, int64_t count, int8_t *out, float *scale, int32_t *sum) {
+    float most = 0;
+    for (int64_t i = 0; i < count; i++) most = std::max(most, std::fabs(x[i]));
+    const float s = std::max(most / 127, 1.17549435e-38f);
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int q = int(std::nearbyintf(x[i] / s));
+        out[i] = int8_t(q);
+        total += q;
+    }
+    *scale = s, *sum = total;
+}
+
+// inputs: padded to a multiple of 4; group: inputs that share a scale.
+Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64_t padded, int64_t group) {
+    Quantized out;
+    out.groups = (inputs + group - 1) / group;
+    out.values = static_cast<int8_t *>(quire::scratch(0, product.rows * padded));
+    out.scales = static_cast<float *>(quire::scratch(4, product.rows * out.groups * 4));
+    out.sums = static_cast<int32_t *>(quire::scratch(5, product.rows * out.groups * 4));
+    quire::parallel(cut.tiles, [&](int64_t t) {
+        const int rows = cut.rows(t);
+        auto line = static_cast<float *>(quire::scratch(1, inputs * 4 + padded));
+        auto bytes = reinterpret_cast<int8_t *>(line + inputs);
+        int8_t *to = out.values + cut.start(t) * padded;
+        for (int r = 0; r < rows; r++) {
+            const int64_t row = cut.start(t) + r;
+            row_to_floats(product.type, product.row(row), inputs, line);
+            for (int64_t g = 0; g < out.groups; g++)
+                quantize_row(line + g * group, std::min(group, inputs - g * group), bytes + g * group,
+                             out.scales + row * out.groups + g, out.sums + row * out.groups + g);
+            for (int64_t i = inputs; i < padded; i++) bytes[i] = 0;
+            for (int64_t i = 0; i < padded / 4; i++) std::memcpy(to + (i * rows + r) * 4, bytes + i * 4, 4);
+        }
+    });
+    return out;
+}
+
+// INT8: for each four inputs 32 outputs x 4 bytes. INT4: for each eight inputs 32 outputs x 4 bytes whose low halves are the
+// first four inputs and whose high halves the other four.
+template <bool INT4, int ROWS>
+void integer_tile(int64_t quads, const int8_t *x, const uint8_t *w, int32_t *acc) {
+    Ints sums[ROWS][PARTS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PARTS; v++) sums[r][v] = Ints{};
+    constexpr int STEP = INT4 ? 2 : 1;
+    for (int64_t i = 0; i < quads; i += STEP) {
+        Words values[STEP][PARTS];
+        const uint8_t *from = w + i / STEP * (PANEL * 4);
+        __builtin_prefetch(from + AHEAD);
+        __builtin_prefetch(from + AHEAD + 64);
+        for (int v = 0; v < PARTS; v++) {
+            Words word = load<Words>(from + v * LANES * 4);
+            if (INT4) {
+                values[0][v] = word & 0x0f0f0f0fu;
+                values[STEP - 1][v] = word >> 4 & 0x0f0f0f0fu;
+            } else {
+                values[0][v] = word;
+            }
+        }
+        for (int s = 0; s < STEP; s++)
+            for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                std::memcpy(&four, x + ((i + s) * ROWS + r) * 4, 4);
+                Ints one = all_ints(four);
+                for (int v = 0; v < PARTS; v++) sums[r][v] = dot4(sums[r][v], values[s][v], one);
+            }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PARTS; v++) store(acc + (r * PARTS + v) * LANES, sums[r][v]);
+}
+
+using IntegerTile = void (*)(int64_t, const int8_t *, const uint8_t *, int32_t *);
+
+template <bool INT4> IntegerTile integer_tile_for(int rows) {
+#define ONE(n)                        \
+    if constexpr (n <= MOST_ROWS)     \
+        if (rows == n) return integer_tile<INT4, n>;
+    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+#undef ONE
+    return nullptr;
+}
+
+template <bool INT4> void integer(const Product &product) {
+    const quire_weight &weight = *product.weight;
+    const int64_t inputs = weight.inputs, padded = up(inputs, INT4 ? 8 : 4);
+    const int64_t group = INT4 ? weight.group_size : inputs;
+    const int64_t panels = up(weight.outputs, PANEL) / PANEL, width = panels * PANEL;
+    const int64_t group_bytes = (INT4 ? group / 8 : padded / 4) * PANEL * 4;
+    auto data = static_cast<const uint8_t *>(weight.data);
+    const Cut cut(product.rows);
+    const Quantized x = quantize(product, cut, inputs, padded, group);
+
+    // Tasks of several panels when there are few rows, so that each thread reads long runs.
+    const int64_t tasks = cut.tiles > 1 ? panels : std::min<int64_t>(panels, 64);
+    const int64_t tiles_in_block = cut.tiles > 1 ? std::max<int64_t>(1, BLOCK_ROWS / MOST_ROWS) : 1;
+    const int64_t row_blocks = (cut.tiles + tiles_in_block - 1) / tiles_in_block;
+    quire::parallel(row_blocks * tasks, [&](int64_t number) {
+        const int64_t task = number % tasks, first = number / tasks * tiles_in_block;
+        const int64_t last = std::min(cut.tiles, first + tiles_in_block);
+        alignas(64) int32_t acc[MOST_ROWS * PANEL];
+        alignas(64) float sums[MOST_ROWS * PANEL];
+        for (int64_t p = panels * task / tasks; p < panels * (task + 1) / tasks; p++) {
+            const uint8_t *panel = data + p * group_bytes * x.groups;
+            for (int64_t t = first; t < last; t++) {
+                const int rows = cut.rows(t);
+                const IntegerTile multiply = integer_tile_for<INT4>(rows);
+                const int8_t *values = x.values + cut.start(t) * padded;
+                std::fill(sums, sums + rows * PANEL, 0.0f);
+                for (int64_t g = 0; g < x.groups; g++) {
+                    const int64_t quads = (INT4 ? group : padded) / 4;
+                    multiply(quads, values + g * quads * 4 * rows, panel + g * group_bytes, acc);
+                    const float *scales = weight.scales + (INT4 ? g * width : 0) + p * PANEL;
+                    const uint8_t *zeros = INT4 ? weight.zeros + g * width + p * PANEL : nullptr;
+                    for (int r = 0; r < rows; r++) {
+                        const int64_t at = (cut.start(t) + r) * x.groups + g;
+                        const float s = x.scales[at];
+                        const int32_t sum = x.sums[at];
+                        for (int o = 0; o < PANEL; o++) {
+                            int32_t exact = acc[r * PANEL + o] - (INT4 ? int32_t(zeros[o]) : 128) * sum;
+                            float product = float(exact) * (s * scales[o]);
+                            sums[r * PANEL + o] += product;
+                        }
+                    }
+                }
+                for (int r = 0; r < rows; r++) product.finish(cut.start(t) + r, p, sums + r * PANEL);
+            }
+        }
+    });
+}
+
+int linear(const quire_weight *weight, int type, int64_t rows, const void *x, int64_t x_stride, const void *bias, void *y,
+           int64_t y_stride) {
+    if (type != QUIRE_F32 && type != QUIRE_BF16 && type != QUIRE_F16) return -1;
+    if (rows == 0) return 0;
+    const Product product{weight,   type, rows,     static_cast<const uint8_t *>(x), x_stride,
+                          bias,     static_cast<uint8_t *>(y), y_stride};
+    if (weight->form == QUIRE_INT8) return integer<false>(product), 0;
+    if (weight->form == QUIRE_INT4) return integer<true>(product), 0;
+    switch (weight->type) {
+    case QUIRE_F32: return dense<Dense<QUIRE_F32>>(product), 0;
+    case QUIRE_BF16: return dense<Dense<QUIRE_BF16>>(product), 0;
+    case QUIRE_F16: return dense<Dense<QUIRE_F16>>(product), 0;
+    case QUIRE_E4M3: return dense<Dense<QUIRE_E4M3>>(product), 0;
+    }
+    return -1;
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------
+
+int bf16_place(int output) { return output % 16 * 2 + output / 16; }
+
+int pack(const quire_weight *weight, const void *source, int64_t stride) {
+    const int64_t inputs = weight->inputs, outputs = weight->outputs, panels = up(outputs, PANEL) / PANEL;
+    const int64_t panel_bytes = quire_packed_bytes(weight->form, weight->type, PANEL, inputs);
+    if (panel_bytes < 0) return -1;
+    const int size = weight->form == QUIRE_DENSE ? int(bytes_of(weight->type)) : 1;
+    auto all = static_cast<uint8_t *>(weight->data);
+    auto from = static_cast<const uint8_t *>(source);
+    quire::parallel(panels, [&](int64_t p) {
+        uint8_t *to = all + p * panel_bytes;
+        std::memset(to, weight->form == QUIRE_INT8 ? 128 : 0, size_t(panel_bytes));
+        const int count = int(std::min<int64_t>(PANEL, outputs - p * PANEL));
+        for (int o = 0; o < count; o++) {
+            const uint8_t *row = from + (p * PANEL + o) * stride * size;
+            if (weight->form == QUIRE_INT8)
+                for (int64_t i = 0; i < inputs; i++) to[(i / 4 * PANEL + o) * 4 + i % 4] = uint8_t(row[i] ^ 0x80);
+            else if (weight->form == QUIRE_INT4)
+                for (int64_t i = 0; i < inputs; i++) {
+                    const uint8_t half = row[i / 2] >> (i % 2 * 4) & 15;
+                    to[(i / 8 * PANEL + o) * 4 + i % 4] |= uint8_t(half << (i / 4 % 2 * 4));
+                }
+            else if (size == 4)
+                for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + o) * 4, row + i * 4, 4);
+            else if (size == 2) {
+                const int place = weight->type == QUIRE_BF16 ? bf16_place(o) : o;
+                for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + place) * 2, row + i * 2, 2);
+            } else
+                for (int64_t i = 0; i < inputs; i++) to[i * PANEL + o] = row[i];
+        }
+    });
+    return 0;
+}
+
+float unpacked(const quire_weight &weight, int64_t panel_bytes, int64_t output, int64_t i) {
+    const int64_t p = output / PANEL, o = output % PANEL;
+    const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
+    if (weight.form == QUIRE_INT8) return float(int(panel[(i / 4 * PANEL + o) * 4 + i % 4]) - 128) * weight.scales[output];
+    if (weight.form == QUIRE_INT4) {
+        const int64_t at = i / weight.group_size * up(weight.outputs, PANEL) + output;
+        const int half = panel[(i / 8 * PANEL + o) * 4 + i % 4] >> (i / 4 % 2 * 4) & 15;
+        return float(half - int(weight.zeros[at])) * weight.scales[at];
+    }
+    float value;
+    if (weight.type == QUIRE_F32) {
+        std::memcpy(&value, panel + (i * PANEL + o) * 4, 4);
+    } else if (weight.type == QUIRE_E4M3) {
+        value = from_e4m3(panel[i * PANEL + o]);
+    } else {
+        const int64_t place = weight.type == QUIRE_BF16 ? bf16_place(int(o)) : o;
+        uint16_t half;
+        std::memcpy(&half, panel + (i * PANEL + place) * 2, 2);
+        value = weight.type == QUIRE_BF16 ? from_bf16(half) : from_f16(half);
+    }
+    return weight.scales ? value * weight.scales[output] : value;
+}
+
+int weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out) {
+    const int64_t inputs = weight->inputs;
+    const int64_t panel_bytes = quire_packed_bytes(weight->form, weight->type, PANEL, inputs);
+    if (panel_bytes < 0 || type == QUIRE_E4M3) return -1;
+    for (int64_t r = 0; r < rows; r++)
+        if (ids[r] < 0 || ids[r] >= weight->outputs) return -1;
+    quire::parallel(rows, [&](int64_t r) {
+        auto line = static_cast<float *>(quire::scratch(1, inputs * 4));
+        for (int64_t i = 0; i < inputs; i++) line[i] = unpacked(*weight, panel_bytes, ids[r], i);
+        floats_to_row(type, line, inputs, static_cast<uint8_t *>(out) + r * inputs * bytes_of(type));
+    });
+    return 0;
+}
+
+}  // namespace
+
+void add_linear(quire::Kernels &kernels) {
+    kernels.pack = pack;
+    kernels.linear = linear;
+    kernels.weight_rows = weight_rows;
+}
+
+}  // namespace QUIRE_ISA

@@ -1,0 +1,153 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace quire {
+namespace {
+
+// A worker that has nothing to do looks this often before it sleeps: the next kernel of a step comes within microseconds.
+constexpr int LOOKS = 2000;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Pool {
+public:
+    explicit Pool(int count) {
+        for (int i = 1; i < count; i++) workers_.emplace_back([this] { work(); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            ending_ = true;
+            round_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto &worker : workers_) worker.join();
+    }
+
+    int size() const { return int(workers_.size()) + 1; }
+
+    void run(int64_t tasks, void (*body)(void *, int64_t), void *context) {
+        tasks_ = tasks, body_ = body, context_ = context;
+        next_.store(0, std::memory_order_relaxed);
+        busy_.store(int(workers_.size()), std::memory_order_relaxed);
+        {
+            // Under the lock, so that no worker misses it between its last look and its sleep.
+            std::lock_guard<std::mutex> lock(sleep_);
+            round_.fetch_add(1, std::memory_order_release);
+        }
+        if (sleepers_.load() > 0) wake_.notify_all();
+        take();
+        for (int look = 0; busy_.load(std::memory_order_acquire) > 0; look++)
+            if (look < LOOKS)
+                pause();
+            else
+                std::this_thread::yield();
+    }
+
+private:
+    void take() {
+        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task);
+    }
+
+    void work() {
+        for (uint64_t seen = 0;;) {
+            for (int look = 0; look < LOOKS && round_.load(std::memory_order_acquire) == seen; look++) pause();
+            if (round_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                sleepers_.fetch_add(1);
+                wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+                sleepers_.fetch_sub(1);
+            }
+            seen++;
+            if (ending_) return;
+            take();
+            busy_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    std::vector<std::thread> workers_;
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int64_t> next_{0};
+    std::atomic<int> busy_{0}, sleepers_{0};
+    std::mutex sleep_;
+    std::condition_variable wake_;
+    bool ending_ = false;
+    int64_t tasks_ = 0;
+    void (*body_)(void *, int64_t) = nullptr;
+    void *context_ = nullptr;
+};
+
+std::mutex holding;
+// Never destroyed at exit: a worker may still run when static objects go.
+Pool *pool = nullptr;
+int wanted = 1;
+
+void after_fork() {
+    // The child has none of the threads. The old pool's memory is left: its locks may be held by nobody.
+    pool = nullptr;
+    new (&holding) std::mutex;
+}
+
+struct AtFork {
+    AtFork() { pthread_atfork(nullptr, nullptr, after_fork); }
+} at_fork;
+
+struct Buffer {
+    void *memory = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { std::free(memory); }
+};
+
+}  // namespace
+
+void run_tasks(int64_t tasks, void (*body)(void *, int64_t), void *context) {
+    if (wanted > 1 && tasks > 1 && holding.try_lock()) {
+        std::lock_guard<std::mutex> lock(holding, std::adopt_lock);
+        if (!pool || pool->size() != wanted) {
+            delete pool;
+            pool = new Pool(wanted);
+        }
+        pool->run(tasks, body, context);
+        return;
+    }
+    for (int64_t task = 0; task < tasks; task++) body(context, task);
+}
+
+int set_threads(int count) {
+    if (count < 1 || count > 1024) return -1;
+    std::lock_guard<std::mutex> lock(holding);
+    wanted = count;
+    return 0;
+}
+
+int threads() { return wanted; }
+
+void *scratch(int slot, int64_t bytes) {
+    static thread_local Buffer buffers[8];
+    Buffer &buffer = buffers[slot];
+    if (buffer.bytes < bytes) {
+        std::free(buffer.memory);
+        buffer.bytes = (bytes + 4095) / 4096 * 4096;
+        buffer.memory = std::aligned_alloc(64, size_t(buffer.bytes));
+        if (!buffer.memory) std::abort();
+    }
+    return buffer.memory;
+}
+
+}  // namespace quire

@@ -1,0 +1,153 @@
+// The one vector type of the kernels. LANES floats, 16 with AVX-512, 8 with AVX2, 4 otherwise; GCC's and Clang's vector
+// extension does the arithmetic, intrinsics only what it has no word for. This file is compiled once per instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace QUIRE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V, class T> INLINE V load(const T *p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T> INLINE void store(T *p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class To, class From> INLINE To bits(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To out;
+    std::memcpy(&out, &v, sizeof v);
+    return out;
+}
+INLINE Floats all(float x) { return x - Floats{}; }
+INLINE Ints all_ints(int32_t x) { return x - Ints{}; }
+
+// a * b + c in one rounding where the machine can, never sometimes so and sometimes not: each instruction set has one way.
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float from_bf16(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
+INLINE uint16_t to_bf16(float x) {
+    uint32_t u = bits<uint32_t>(x);
+    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 64);
+    return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+INLINE float from_f16(uint16_t x) {
+    uint32_t magnitude = x & 0x7fff, sign = uint32_t(x & 0x8000) << 16;
+    float out;
+    if (magnitude >= 0x7c00)
+        out = bits<float>(0x7f800000u | uint32_t(magnitude & 0x3ff) << 13);
+    else if (magnitude < 0x400)
+        out = float(magnitude) * 0x1p-24f;
+    else
+        out = bits<float>((magnitude << 13) + (112u << 23));
+    return bits<float>(bits<uint32_t>(out) | sign);
+}
+INLINE uint16_t to_f16(float x) {
+    uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (u >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
+    if (u < 0x38800000)                                   // subnormal: the hardware's own rounding at 2^-24
+        return uint16_t(sign | (bits<uint32_t>(bits<float>(u) + 0.5f) - 0x3f000000));
+    return uint16_t(sign | ((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13));
+}
+// E4M3 ("fn": no infinity; 0x7f is NaN), E5M2 is a half float's upper byte.
+INLINE float from_e4m3(uint8_t x) {
+    uint32_t magnitude = x & 0x7f;
+    if (magnitude == 0x7f) return NAN;
+    float out = magnitude < 8 ? float(magnitude) * 0x1p-9f : bits<float>((magnitude << 20) + (120u << 23));
+    return x & 0x80 ? -out : out;
+}
+
+INLINE Words widen(Halves v) { return __builtin_convertvector(v, Words); }
+INLINE Words widen(Bytes v) { return __builtin_convertvector(v, Words); }
+INLINE Floats floats_of_bf16(Halves v) { return bits<Floats>(widen(v) << 16); }
+INLINE Halves bf16_of_floats(Floats v) {
+    Words u = bits<Words>(v);
+    Words rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    Words nan = (u >> 16) | 64;
+    return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+}
+INLINE Floats floats_of_f16(Halves v) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps((__m128i)v);
+#else
+    Floats out;
+    for (int i = 0; i < LANES; i++) out[i] = from_f16(v[i]);
+    return out;
+#endif
+}
+INLINE Halves f16_of_floats(Floats v) {
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Halves out;
+    for (int i = 0; i < LANES; i++) out[i] = to_f16(v[i]);
+    return out;
+#endif
+}
+INLINE Floats floats_of_e4m3(Bytes v) {
+    Words u = widen(v), magnitude = u & 0x7f;
+    Floats normal = bits<Floats>((magnitude << 20) + (120u << 23));
+    Floats small = __builtin_convertvector(bits<Ints>(magnitude), Floats) * 0x1p-9f;
+    Words out = bits<Words>(magnitude < 8 ? small : normal);
+    out = magnitude == 0x7f ? Words{} + 0x7fc00000 : out;
+    return bits<Floats>(out | (u & 0x80) << 24);
+}
+INLINE Floats floats_of_e5m2(Bytes v) { return floats_of_f16(__builtin_convertvector(v, Halves) << 8); }
+
+// acc[lane] += sum of four products: unsigned bytes of w times signed bytes of x. Exact, so every way gives the same.
+INLINE Ints dot4(Ints acc, Words w, Ints x) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    const __m256i even = _mm256_set1_epi16(0xff);
+    __m256i w_even = _mm256_and_si256((__m256i)w, even), w_odd = _mm256_srli_epi16((__m256i)w, 8);
+    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8), x_odd = _mm256_srai_epi16((__m256i)x, 8);
+    return acc + (Ints)_mm256_madd_epi16(w_even, x_even) + (Ints)_mm256_madd_epi16(w_odd, x_odd);
+#else
+    for (int i = 0; i < 4; i++) acc += bits<Ints>(w >> (8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
+    return acc;
+#endif
+}
+
+
+}  // namespace QUIRE_ISA

@@ -1,0 +1,112 @@
+"""The native library as ctypes sees it: csrc/quire.h in Python. Knows addresses and numbers, no meaning.
+
+A call releases the GIL. Threads follow torch's setting, so that one number rules both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("_native.so")
+VERSION = 1
+F32, BF16, F16, E4M3, E5M2, I8 = range(6)
+TYPES = {
+    torch.float32: F32,
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+    torch.int8: I8,
+}
+DENSE, INT8, INT4 = range(3)
+
+_int, _long, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class WeightStruct(ctypes.Structure):
+    """`quire_weight`."""
+
+    _fields_ = (
+        ("form", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("outputs", _long),
+        ("inputs", _long),
+        ("group_size", _long),
+        ("data", _pointer),
+        ("scales", _pointer),
+        ("zeros", _pointer),
+    )
+
+
+_weight = ctypes.POINTER(WeightStruct)
+SIGNATURES = {
+    "version": (),
+    "set_isa": (ctypes.c_char_p,),
+    "set_threads": (_int,),
+    "pack": (_weight, _pointer, _long),
+    "linear": (_weight, _int, _long, _pointer, _long, _pointer, _pointer, _long),
+    "weight_rows": (_weight, _int, _long, _pointer, _pointer),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library with its signatures. Raises OSError where it was not built or is of another version."""
+    native = ctypes.CDLL(str(PATH))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(native, f"quire_{name}")
+        function.argtypes, function.restype = arguments, _int
+    for name in ("isa", "isas"):
+        getattr(native, f"quire_{name}").restype = ctypes.c_char_p
+    native.quire_packed_bytes.argtypes, native.quire_packed_bytes.restype = (_int, _int, _long, _long), _long
+    if native.quire_version() != VERSION:
+        raise OSError(f"{PATH.name} is of another version: install Quire again.")
+    return native
+
+
+@functools.cache
+def available() -> bool:
+    try:
+        library()
+    except OSError:
+        return False
+    return True
+
+
+_threads = 0
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call `quire_<name>` with as many threads as torch has. Arguments that it refuses are our own mistake."""
+    global _threads
+    native = library()
+    count = torch.get_num_threads()
+    if count != _threads:
+        native.quire_set_threads(count)
+        _threads = count
+    result = getattr(native, f"quire_{name}")(*arguments)
+    assert result == 0, f"quire_{name} does not support {arguments}"
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return library().quire_isa().decode()
+
+
+def isas() -> tuple[str, ...]:
+    """Those that this machine can run, best first."""
+    return tuple(library().quire_isas().decode().split(","))
+
+
+def set_isa(name: str) -> None:
+    """For tests: use another one."""
+    assert library().quire_set_isa(name.encode()) == 0, name

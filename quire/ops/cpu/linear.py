@@ -1,0 +1,138 @@
+"""Products with packed weights by the native kernels (csrc/linear.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.ops.cpu.library import DENSE, INT4, INT8, TYPES, WeightStruct, address, call, library
+from quire.ops.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Weight
+
+PANEL = 32
+HUGE_PAGE = 1 << 21
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the kernels' layout. `tensors` own the memory that `struct` points to."""
+
+    struct: WeightStruct
+    tensors: tuple[Tensor, ...]
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.struct.outputs, self.struct.inputs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def pack(weight: Weight) -> PackedWeight:
+    match weight:
+        case DenseWeight(values):
+            return _packed(DENSE, values, values.shape)
+        case Fp8Weight(values, scales):
+            return _packed(DENSE, values, values.shape, scales=scales)
+        case Int8Weight(values, scales):
+            return _packed(INT8, values, values.shape, scales=_padded(scales))
+        case Int4Weight(values, scales, zeros, group_size, order):
+            return _packed(
+                INT4,
+                values,
+                weight.shape,
+                scales=_padded(scales.t()),
+                zeros=_padded(zeros.t()),
+                group_size=group_size,
+                order=order,
+            )
+
+
+def _packed(
+    form: int,
+    values: Tensor,
+    shape: tuple[int, int],
+    *,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    group_size: int = 0,
+    order: Tensor | None = None,
+) -> PackedWeight:
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    kind = TYPES.get(values.dtype, 0)
+    data = aligned_bytes(library().quire_packed_bytes(form, kind, *shape))
+    scales = None if scales is None else scales.float().contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    struct = WeightStruct(form, kind, *shape, group_size, data.data_ptr(), address(scales), address(zeros))
+    call("pack", struct, values.data_ptr(), values.stride(0))
+    return PackedWeight(struct, tuple(t for t in (data, scales, zeros) if t is not None), order)
+
+
+def _padded(values: Tensor) -> Tensor:
+    """The last dimension filled up to whole panels."""
+    return torch.nn.functional.pad(values, (0, -values.shape[-1] % PANEL))
+
+
+def aligned_bytes(count: int) -> Tensor:
+    """Uninitialized bytes; large ones begin at a huge page, which the system is asked to use."""
+    if count < HUGE_PAGE:
+        return torch.empty(count, dtype=torch.uint8)  # torch aligns to 64
+    room = torch.empty(count + HUGE_PAGE, dtype=torch.uint8)
+    data = room[-room.data_ptr() % HUGE_PAGE :][:count]
+    if _advise is not None:
+        _advise(data.data_ptr(), count, MADV_HUGEPAGE)
+    return data
+
+
+MADV_HUGEPAGE = 14
+
+
+def _madvise() -> Callable[[int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return function
+
+
+_advise = _madvise()
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    if packed.order is not None:
+        x = x[:, packed.order]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    y = x.new_empty(x.shape[0], packed.struct.outputs)
+    call(
+        "linear",
+        packed.struct,
+        TYPES[x.dtype],
+        x.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        address(bias),
+        y.data_ptr(),
+        y.stride(0),
+    )
+    return y
+
+
+def packed_rows(ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    if packed.order is not None:
+        raise AssertionError("an embedding has no order of inputs")
+    out = torch.empty(len(ids), packed.struct.inputs, dtype=dtype)
+    ids = ids.contiguous()
+    call("weight_rows", packed.struct, TYPES[dtype], len(ids), ids.data_ptr(), out.data_ptr())
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """With a weight that is not packed: packed for this one product (training without a packed base, small checks)."""
+    return packed_linear(x, pack(DenseWeight(weight.detach())), bias)

@@ -1,0 +1,73 @@
+"""Builds the native kernels (csrc/) with the package. All else about the package stands in pyproject.toml.
+
+Each kernel file is compiled once per instruction set into one shared library, `quire/ops/cpu/_native.so`, which is loaded with
+ctypes: no Python headers, no torch. `CXX` names the compiler (GCC or Clang); `QUIRE_CXXFLAGS` is added to its flags.
+Without a compiler the package installs all the same and computes with torch alone; `quire doctor` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = Path(__file__).parent / "csrc"
+KERNELS = ("linear",)
+PLAIN = ("dispatch", "pool")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized")
+X86 = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "generic": "",
+}
+
+
+def instruction_sets() -> dict[str, str]:
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return X86
+    return {"neon": ""} if machine in ("aarch64", "arm64") else {"generic": ""}
+
+
+class BuildNative(build_ext):
+    """Compiles csrc/ and links it, two jobs at a time."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        objects = Path(self.build_temp).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        flags = [*FLAGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
+        jobs = [(name, objects / f"{name}.o", []) for name in PLAIN]
+        for isa, switches in instruction_sets().items():
+            jobs += [
+                (name, objects / f"{name}_{isa}.o", [f"-DQUIRE_ISA={isa}", *switches.split()]) for name in KERNELS
+            ]
+
+        def compile_one(job: tuple[str, Path, list[str]]) -> None:
+            name, made, own = job
+            subprocess.run([*compiler, *flags, *own, "-c", str(SOURCE / f"{name}.cpp"), "-o", str(made)], check=True)
+
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                list(threads.map(compile_one, jobs))
+            made = [str(made) for _, made, _ in jobs]
+            shared = [flag for flag in flags if not flag.startswith("-W")]
+            subprocess.run([*compiler, *shared, "-shared", "-pthread", *made, "-o", f"{target}.new"], check=True)
+            os.replace(f"{target}.new", target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"quire: the native kernels were not built: {error}", file=sys.stderr)
+
+
+setup(ext_modules=[Extension("quire.ops.cpu._native", sources=[])], cmdclass={"build_ext": BuildNative})
