@@ -42,6 +42,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return autograd.linear(selected().linear, x, weight, bias)
 
 
+def packs_dense() -> bool:
+    """Whether this implementation wants dense weights packed too; else a layer keeps its tensor as it is."""
+    return getattr(selected(), "PACKS_DENSE", False)
+
+
 def pack(weight: Weight) -> Any:
     """`weight` in the layout that this implementation's kernels read; what it was made of may be freed afterwards."""
     return selected().pack(weight)

@@ -9,7 +9,7 @@ from types import ModuleType
 from quire import envs
 from quire.errors import ConfigError
 
-IMPLEMENTATIONS = ("reference", "plain")
+IMPLEMENTATIONS = ("reference", "cpu", "plain")
 
 
 @functools.cache
