@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import physical, random_model
-from benchmarks.peers import NAMES, Answer, Peer
+from benchmarks.contestants import NAMES, Answer, Peer
 from benchmarks.random_model import Shape
 from benchmarks.record import Outcome
 

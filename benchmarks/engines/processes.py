@@ -1,0 +1,164 @@
+"""Processes that are started, watched and ended with everything they started themselves.
+
+Every process leads a group of its own, so that Ctrl-C reaches this program alone, which then ends exactly what it began.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 15.0
+MIB = 1024
+
+
+class TooSlow(Exception):
+    """A deadline has passed."""
+
+
+class Failed(Exception):
+    """The process said that it cannot, or ended. kind: the name of the exception on its side."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Running:
+    """A started command. `log`: where its standard error (and, without `pipes`, its output) goes."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path, *, pipes: bool = False
+    ) -> None:
+        self.began = time.monotonic()
+        self._log, self._peak_kib, self._buffer = log, 0, b""
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipes else file,
+                stderr=file,
+                start_new_session=True,
+            )
+        # Forgotten children (an engine's workers) keep this group or can be found below the process while it lives.
+        self._family: set[int] = {self.process.pid}
+
+    def ask(self, question: Any, deadline: float) -> dict[str, Any]:
+        """Send one line of JSON and wait for the answer. Raises TooSlow and Failed."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise Failed(f"the process has ended: {self.last_words()}") from None
+        return self.answer(deadline)
+
+    def answer(self, deadline: float) -> dict[str, Any]:
+        """The next line of JSON."""
+        assert self.process.stdout is not None
+        descriptor = self.process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TooSlow
+            if select.select([descriptor], [], [], min(left, 1.0))[0]:
+                piece = os.read(descriptor, 1 << 20)
+                if not piece:
+                    raise Failed(f"the process has ended: {self.last_words()}")
+                self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        values: dict[str, Any] = json.loads(line)
+        if "error" in values:
+            raise Failed(values["error"], values.get("kind", ""))
+        return values
+
+    def peak_mib(self) -> int:
+        """The most memory that the process and its living descendants held, each at its own peak (shared pages count twice)."""
+        self._family |= descendants(self.process.pid)
+        self._peak_kib = max(self._peak_kib, sum(_peak_kib(pid) for pid in self._family))
+        return self._peak_kib // MIB
+
+    def last_words(self) -> str:
+        """The end of its log, for a message."""
+        with suppress(OSError):
+            text = self._log.read_bytes()[-4000:].decode(errors="replace")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return " | ".join(lines[-3:])[:400]
+        return "no log"
+
+    def close(self) -> None:
+        """End it and everything below it: first by closing its input and asking, then by force."""
+        self._family |= descendants(self.process.pid)
+        if self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+            self._wait(GRACE_SECONDS)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            left = {pid for pid in self._family if _alive(pid)}
+            with suppress(OSError):
+                os.killpg(self.process.pid, number)
+            for pid in left:
+                with suppress(OSError):
+                    os.kill(pid, number)
+            self._wait(GRACE_SECONDS)
+            if not any(_alive(pid) for pid in self._family):
+                break
+        self._wait(GRACE_SECONDS)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None and not any(_alive(pid) for pid in self._family):
+                return
+            time.sleep(0.05)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def descendants(pid: int) -> set[int]:
+    """Everything that was started below a process and is still linked to it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                # The name in brackets may hold spaces: the parent is the second field after it.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            if child not in found:
+                found.add(child)
+                waiting.append(child)
+    return found
+
+
+def _peak_kib(pid: int) -> int:
+    with suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1])
+    return 0
+
+
+def _alive(pid: int) -> bool:
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
