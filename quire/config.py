@@ -14,6 +14,7 @@ from quire.errors import ConfigError, did_you_mean
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
 POLICIES = ("fcfs", "priority")
 AUTO = "auto"
+QUANTIZATIONS = ("int8", "int4", "fp8", "awq", "gptq", "compressed-tensors")
 MAX_BLOCK_SIZE = 256
 
 # vLLM's switches for what is a fact here: (the sense in which each is accepted, None for both; the fact).
@@ -76,7 +77,7 @@ class EngineConfig:
     pipeline_parallel_size: int = 1
     """Ranks that take consecutive layers."""
     quantization: str | None = None
-    """Quantize at load, or the checkpoint's own method."""
+    """int8, int4 or fp8: round dense weights at load; awq, gptq, compressed-tensors or fp8: what the checkpoint must be."""
     disable_log_stats: bool = False
     """Do not log throughput and cache use every ten seconds."""
 
@@ -104,7 +105,7 @@ class EngineConfig:
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be 1, got {getattr(self, name)}: ranks are not built yet.")
         if self.quantization is not None:
-            raise ConfigError(f"quantization must be unset, got {self.quantization!r}: quantized weights are not built yet.")
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

@@ -20,6 +20,8 @@ from quire.models.config import ModelConfig, read_model_config
 from quire.plan.exits import diagnose
 from quire.plan.hardware import Hardware, probe
 from quire.plan.memory import ITEM_BYTES, Plan, find_plan, make_plan, size_text
+from quire.quant.scheme import scheme_of
+from quire.quant.sizes import Sizes, WeightSizes, estimated_sizes, layer_elements
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DOES_NOT_FIT = 4
@@ -43,7 +45,7 @@ def command(model: str, memory: int | None, cores: int | None, as_json: bool, **
     start = time.monotonic()
     folder = resolve(config.model, config.revision, weights=False)
     shape = read_model_config(folder)
-    weights, source = stored_weight_bytes(folder, shape)
+    weights, source = stored_weights(folder, shape)
     plan = find_plan(config, shape, weights, hardware)
     took = time.monotonic() - start
     if as_json:
@@ -65,35 +67,39 @@ def plan_local(config: EngineConfig) -> Plan | None:
     if folder is None:
         return None
     shape = read_model_config(folder)
-    weights, _ = stored_weight_bytes(folder, shape)
+    weights, _ = stored_weights(folder, shape)
     return make_plan(config, shape, weights, probe())
 
 
-def stored_weight_bytes(folder: Path, model: ModelConfig) -> tuple[int, str]:
-    """(bytes of all weights in the checkpoint's type, where the number is from)."""
+def stored_weights(folder: Path, model: ModelConfig) -> tuple[WeightSizes, str]:
+    """(sizes of all weights, where they are from)."""
     from quire.errors import ModelError
     from quire.models.config import read_json
-    from quire.weights.files import weight_bytes
+    from quire.weights.files import weight_sizes
 
     try:
-        return weight_bytes(folder, model.dtype, model.dtype), "the files' headers"
+        return weight_sizes(folder, model), "the files' headers"
     except ModelError:
         # The weights may not be here (a hub id is planned before it is downloaded), but their index often is.
+        scheme = scheme_of(model.raw, None)
         for name in INDEXES:
             if (folder / name).is_file():
                 size = read_json(folder / name).get("metadata", {}).get("total_size")
                 if isinstance(size, int):
-                    return size, f"{name}; the files are not on this machine"
-        return estimated_parameters(model) * ITEM_BYTES[model.dtype], "config.json; the files are not on this machine"
+                    source = f"{name}; the files are not on this machine"
+                    if scheme is not None:
+                        return WeightSizes(Sizes(0, size)), source
+                    return estimated_sizes(size // ITEM_BYTES[model.dtype], model), source
+        sizes = estimated_sizes(estimated_parameters(model), model)
+        if scheme is not None:
+            sizes = WeightSizes(sizes.at_load[scheme.form.kind])
+        return sizes, "config.json; the files are not on this machine"
 
 
 def estimated_parameters(model: ModelConfig) -> int:
     """Parameters of a decoder of these sizes, norms and biases left out."""
-    attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    width = int(model.raw.get("moe_intermediate_size") or model.intermediate_size)
-    mlp = 3 * model.hidden_size * width * max(1, model.num_experts)
     tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return tables + model.num_layers * (attention + mlp)
+    return tables + layer_elements(model)
 
 
 def _machine(memory: int | None, cores: int | None) -> Hardware:

@@ -124,11 +124,11 @@ def explain(model: str, request_preset: str | None, as_json: bool, **values: Any
 
 
 def _plan(config: EngineConfig, folder: Any) -> tuple[Plan | None, str | None]:
-    from quire.cli.plan import stored_weight_bytes
+    from quire.cli.plan import stored_weights
 
     shape = read_model_config(folder)
     try:
-        return make_plan(config, shape, stored_weight_bytes(folder, shape)[0], probe()), None
+        return make_plan(config, shape, stored_weights(folder, shape)[0], probe()), None
     except DoesNotFit as error:
         return None, str(error)
 

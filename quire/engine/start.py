@@ -29,7 +29,7 @@ from quire.plan.memory import Plan, make_plan
 from quire.presets import recommended_sampling
 from quire.scheduler.scheduler import Limits
 from quire.text.tokenizer import Tokenizer
-from quire.weights.files import checkpoint_files, tensor_headers, weight_bytes
+from quire.weights.files import checkpoint_files, tensor_headers, weight_sizes
 from quire.weights.hub import resolve
 
 log = logger(__name__)
@@ -57,12 +57,12 @@ def start(config: EngineConfig) -> Started:
     model_config = read_model_config(folder)
     model_class(model_config)  # an unknown architecture is refused before planning
     generation = _generation_config(folder) if config.generation_config == AUTO else {}
-    plan = make_plan(config, model_config, weight_bytes(folder, model_config.dtype, model_config.dtype), probe())
+    plan = make_plan(config, model_config, weight_sizes(folder, model_config), probe())
     for line in plan.describe():
         log.info("%s", line)
     tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
     torch.set_num_threads(plan.threads)
-    model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype)
+    model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype, config.quantization)
     kv = allocate(model_config, plan.num_blocks, plan.block_size, DTYPES[plan.dtype])
     _warm_up(model)
     metrics = Metrics(config.model, plan.max_model_len)
@@ -79,7 +79,7 @@ def start(config: EngineConfig) -> Started:
         tokenizer,
         plan,
         _limits(config, plan),
-        model_digest=_digest(folder, plan.dtype),
+        model_digest=_digest(folder, f"{plan.dtype} {config.quantization}"),
         eos=eos,
         metrics=metrics,
         log_stats=not config.disable_log_stats,
@@ -140,9 +140,9 @@ def _stop_tokens(
     return eos, frozenset(token for token in also if token != eos and 0 <= token < model.vocab_size)
 
 
-def _digest(folder: Path, dtype: str) -> str:
+def _digest(folder: Path, form: str) -> str:
     """Identity of the weights: configuration, tensor headers and file sizes, so that starting stays quick."""
-    digest = hashlib.sha256(dtype.encode() + (folder / "config.json").read_bytes())
+    digest = hashlib.sha256(form.encode() + (folder / "config.json").read_bytes())
     for path in checkpoint_files(folder):
         headers = sorted(tensor_headers(path).items()) if path.suffix == ".safetensors" else []
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} {headers}".encode())

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from quire import ops
 
+Format = Callable[["Embedding", Tensor], Tensor]
+
 
 class Embedding(nn.Module):
-    """ids [T] -> rows of weight [V, E]."""
+    """ids [T] -> rows of weight [V, E]. format: how the rows are stored (None: dense)."""
+
+    format: Format | None = None
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
@@ -18,4 +24,4 @@ class Embedding(nn.Module):
             nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight) if self.format is None else self.format(self, ids)

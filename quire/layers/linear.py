@@ -31,6 +31,7 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
+        self.inputs, self.outputs = inputs, outputs  # also known where `format` has taken the weight away
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         if not self.weight.is_meta:  # there torch would import its compiler to fill nothing, and take seconds
@@ -43,4 +44,4 @@ class Linear(nn.Module):
         return y if self.reduce is None else self.reduce(y)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}"
+        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"

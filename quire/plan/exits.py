@@ -16,6 +16,7 @@ from quire.plan.memory import DEFAULT_UTILIZATION, RUNTIME_BYTES, Plan, Wishes, 
 
 if TYPE_CHECKING:
     from quire.models.config import ModelConfig
+    from quire.quant.sizes import WeightSizes
 
 MOST_UTILIZATION = 0.97
 SMALL_TOKENS, SMALL_SEQS = 128, 1
@@ -75,16 +76,16 @@ class Misfit:
         }
 
 
-def diagnose(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Misfit:
+def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Misfit:
     """The account of wishes for which `find_plan` gave None."""
-    wishes = Wishes.of(config, model, weight_bytes, hardware)
+    wishes = Wishes.of(config, model, weights, hardware)
     tokens, sequences = wishes.steps()[-1]
     length = wishes.length() or min(config.block_size, model.max_position_embeddings)
     stated = wishes.stated_blocks()
     needed_blocks = -(-length // config.block_size)
     too_small = stated is not None and stated < needed_blocks
     parts = {
-        f"weights in {wishes.dtype}": wishes.weights,
+        f"weights in {wishes.form}": wishes.weights,
         f"activations at {tokens} tokens and {sequences} sequences": wishes.step_bytes(tokens, sequences),
         "KV cache as stated" if stated is not None else f"KV cache for one request of {length} tokens": wishes.bytes_per_block
         * ((needed_blocks if stated is None else stated) + 1),
@@ -103,13 +104,13 @@ def diagnose(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardwa
         )
 
     def attempt(**changes: Any) -> Plan | None:
-        return find_plan(replace(config, **changes), model, weight_bytes, hardware)
+        return find_plan(replace(config, **changes), model, weights, hardware)
 
     exits = [*_shorter(config, length, attempt), *_other_cache(config, wishes, needed_blocks, attempt)]
     exits += [*_smaller_step(tokens, sequences, attempt), *_larger_share(config, wishes, attempt)]
-    exits += _other_dtype(wishes, attempt)
+    exits += [*_other_dtype(wishes, attempt), *_quantized(wishes, attempt)]
     exits += _everything(config, attempt) if not exits else ()
-    exits.append(_more_memory(config, too_small, model, weight_bytes, hardware))
+    exits.append(_more_memory(config, too_small, model, weights, hardware))
     return Misfit(fact, parts, wishes.budget, hardware.memory_free, tuple(exits))
 
 
@@ -171,6 +172,14 @@ def _other_dtype(wishes: Wishes, attempt: Attempt) -> Iterator[Exit]:
         yield Exit({"dtype": "bfloat16"}, "halves weights and KV cache; answers may differ in the last digits")
 
 
+def _quantized(wishes: Wishes, attempt: Attempt) -> Iterator[Exit]:
+    """The form that costs least quality among those that fit; only where the sizes of such weights are known."""
+    for kind, remark in (("int8", "halves the weights of bfloat16"), ("int4", "a quarter of them; answers differ more")):
+        if wishes.form == wishes.dtype and kind in wishes.sizes.at_load and attempt(quantization=kind) is not None:
+            yield Exit({"quantization": kind}, remark)
+            return
+
+
 def _everything(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
     """Where no single change is enough: the smallest step and the longest sequence that then fits, in bfloat16 if need be."""
     small = {"max_num_batched_tokens": SMALL_TOKENS, "max_num_seqs": SMALL_SEQS, **_unpinned(config)}
@@ -181,13 +190,15 @@ def _everything(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
             return
 
 
-def _more_memory(config: EngineConfig, too_small: bool, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Exit:
+def _more_memory(
+    config: EngineConfig, too_small: bool, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware
+) -> Exit:
     """How much must be free for the wishes as they stand; a cache stated too small for one request must go in any case."""
     options = _unpinned(config) if too_small else {}
     config = replace(config, **options)
 
     def fits(steps: int) -> bool:
-        return find_plan(config, model, weight_bytes, replace(hardware, memory_free=steps * MEMORY_STEP)) is not None
+        return find_plan(config, model, weights, replace(hardware, memory_free=steps * MEMORY_STEP)) is not None
 
     most = 1
     while not fits(most):

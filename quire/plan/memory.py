@@ -17,6 +17,8 @@ from quire.errors import ConfigError, DoesNotFit
 from quire.plan.activations import activation_bytes
 from quire.plan.hardware import Hardware
 from quire.presets import deployment_of
+from quire.quant.scheme import scheme_of
+from quire.quant.sizes import Sizes, WeightSizes
 
 if TYPE_CHECKING:
     from quire.models.config import ModelConfig
@@ -106,22 +108,22 @@ class Plan:
         }
 
 
-def make_plan(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Plan:
-    """The plan for these wishes; `weight_bytes` are the tensors' bytes as the checkpoint stores them (model.dtype).
+def make_plan(config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Plan:
+    """The plan for these wishes; `weights` are the checkpoint's sizes, or just their bytes where all are dense (model.dtype).
 
     Raises DoesNotFit with sized ways out, ConfigError for a wish that this model cannot grant on any machine.
     """
-    plan = find_plan(config, model, weight_bytes, hardware)
+    plan = find_plan(config, model, weights, hardware)
     if plan is None:
         from quire.plan.exits import diagnose  # it calls find_plan to prove each way out
 
-        raise DoesNotFit(diagnose(config, model, weight_bytes, hardware).text())
+        raise DoesNotFit(diagnose(config, model, weights, hardware).text())
     return plan
 
 
-def find_plan(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Plan | None:
+def find_plan(config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Plan | None:
     """As `make_plan`, but None if it does not fit."""
-    wishes = Wishes.of(config, model, weight_bytes, hardware)
+    wishes = Wishes.of(config, model, weights, hardware)
     length = wishes.length()
     if length is None:
         return None
@@ -140,7 +142,10 @@ def find_plan(config: EngineConfig, model: ModelConfig, weight_bytes: int, hardw
 
 @dataclass(frozen=True)
 class Wishes:
-    """Configuration, preset and model laid together, before anything is lowered. Ladders: values to try, largest first."""
+    """Configuration, preset and model laid together, before anything is lowered. Ladders: values to try, largest first.
+
+    weights: bytes in memory. form: the type of most of them.
+    """
 
     config: EngineConfig
     model: ModelConfig
@@ -148,16 +153,20 @@ class Wishes:
     preset: Mapping[str, Any]
     dtype: str
     weights: int
+    form: str
+    sizes: WeightSizes
     bytes_per_block: int
     budget: int
     seq_ladder: tuple[int, ...]
     token_ladder: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: EngineConfig, model: ModelConfig, weight_bytes: int, hardware: Hardware) -> Wishes:
+    def of(cls, config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Wishes:
         preset = deployment_of(config.preset) if config.preset else {}
         dtype = plan_dtype(config.dtype, model.dtype, hardware.device)
-        stored = ITEM_BYTES.get(model.dtype, ITEM_BYTES[dtype])
+        if isinstance(weights, int):
+            weights = WeightSizes(Sizes(weights // ITEM_BYTES.get(model.dtype, ITEM_BYTES[dtype])))
+        scheme = scheme_of(model.raw, config.quantization)
         per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEM_BYTES[dtype]
         share = config.gpu_memory_utilization or preset.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
         seqs = _ladder(config.max_num_seqs, preset.get("max_num_seqs"), DEFAULT_SEQS, LEAST_SEQS, LEAST_PRESET_SEQS)
@@ -174,7 +183,9 @@ class Wishes:
             hardware=hardware,
             preset=preset,
             dtype=dtype,
-            weights=weight_bytes * ITEM_BYTES[dtype] // stored,
+            weights=weights.of(scheme).bytes_as(ITEM_BYTES[dtype]),
+            form=scheme.form.kind if scheme is not None else dtype,
+            sizes=weights,
             bytes_per_block=per_token * config.block_size,
             # An exact cache size is a wish for those bytes, not for a share of the memory; it must still exist.
             budget=hardware.memory_free if _is_pinned(config) else int(share * hardware.memory_free),

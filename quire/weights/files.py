@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.errors import ModelError
-from quire.models.config import read_json
+from quire.models.config import ModelConfig, read_json
+from quire.quant.scheme import scheme_of
+from quire.quant.sizes import WeightSizes, dense_sizes, estimated_sizes, quantized_sizes
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -26,10 +28,12 @@ MOST_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a safetensors file; `dtype` in the file's spelling."""
+    """One tensor of a safetensors file; `dtype` in the file's spelling. start, size: its bytes after the header."""
 
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    size: int
 
     @property
     def elements(self) -> int:
@@ -80,9 +84,33 @@ def tensor_headers(path: Path) -> dict[str, TensorHeader]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-        return {name: TensorHeader(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        return {
+            name: TensorHeader(tuple(entry["shape"]), entry["dtype"], begin, end - begin)
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        }
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path.name} is damaged or not a safetensors file: {error}.") from None
+
+
+def data_start(path: Path) -> int:
+    """Where the tensors' bytes begin in a safetensors file."""
+    with path.open("rb") as file:
+        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+
+
+def weight_sizes(folder: Path, model: ModelConfig) -> WeightSizes:
+    """What the weights of `folder` take in memory, as they are and quantized at load. Raises ModelError."""
+    paths = checkpoint_files(folder)
+    scheme = scheme_of(model.raw, None)
+    if any(path.suffix != ".safetensors" for path in paths):
+        if scheme is not None:
+            raise ModelError(f"the weights in {str(folder)!r} are {scheme.method}: such are read from .safetensors files only.")
+        return estimated_sizes(weight_bytes(folder, model.dtype, model.dtype) // BYTES_OF[model.dtype], model)
+    tensors = [(name, header.shape, header.dtype) for path in paths for name, header in tensor_headers(path).items()]
+    if scheme is not None:
+        return quantized_sizes(tensors, scheme, tied=model.tie_word_embeddings)
+    return dense_sizes(tensors, tied=model.tie_word_embeddings, transposed=model.model_type == "gpt2")
 
 
 def weight_bytes(folder: Path, dtype: str, stored: str = "float32") -> int:

@@ -1,56 +1,74 @@
 """Puts a checkpoint's tensors into a finished module tree, by name. Every tensor must find its place and every place a tensor.
 
-`.bin` files go through `torch.load(weights_only=True)`, which cannot run code.
+Linears whose weights are quantized, or shall be, take theirs through the pass (quire/quant/packing.py), tensor by tensor.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quire.errors import ModelError
-from quire.log import progress
+from quire.log import logger, progress
 from quire.models.decoder import CausalLM
+from quire.quant.packing import Packing, unused
 from quire.weights.files import checkpoint_files, tensor_headers
+from quire.weights.tensors import stored_tensors
+
+log = logger(__name__)
 
 
-def load_weights(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Fill `model` (built on the meta device) from the files of `folder`, as `dtype`.
+def load_weights(model: CausalLM, folder: Path, dtype: torch.dtype, packing: Packing) -> None:
+    """Fill `model` (built on the meta device) from the files of `folder`, as `dtype`; `packing` takes the linears it wants.
 
     Raises ModelError naming tensors that are unknown, missing, of another shape or twice there.
     """
-    places = dict(model.named_parameters())
     tied = model.config.tie_word_embeddings
+    paths = checkpoint_files(folder)
+    parts = packing.expect(_candidates(model, paths))
+    places = {name: None for name, _ in model.named_parameters() if name not in packing.replaced} | parts
     filled: set[str] = set()
     unknown: list[str] = []
-    paths = checkpoint_files(folder)
+    left_out = 0
     with progress("Loading weights", sum(path.stat().st_size for path in paths)) as advance:
         for path in paths:
-            for stored, tensor in _tensors(path):
+            for stored, tensor in stored_tensors(path):
                 advance(tensor.numel() * tensor.element_size())
                 candidates = tuple(model.checkpoint_names(stored))
                 name = next((candidate for candidate in candidates if candidate in places), None)
                 if name is None:
-                    if candidates and not (tied and stored.endswith("lm_head.weight")):
+                    left_out += bool(parts) and unused(stored)
+                    if candidates and not (tied and stored.endswith("lm_head.weight")) and not (parts and unused(stored)):
                         unknown.append(stored)
                     continue
                 if name in filled:
                     raise ModelError(f"tensor {stored!r} of {path.name} is there twice.")
-                _place(model, name, model.convert(name, tensor), stored, path, dtype)
+                if name in parts:
+                    packing.take_part(name, tensor)
+                else:
+                    _place(model, name, model.convert(name, tensor), stored, path, dtype, packing)
                 filled.add(name)
     missing = sorted(set(places) - filled)
     if unknown or missing:
         raise ModelError(_mismatch(folder, unknown, missing))
-    if tied:
+    if left_out:
+        log.info("%d scales of activations are not used: activations are scaled as they come", left_out)
+    if tied and model.table.format is None:
         model.lm_head.weight = model.table.weight
 
 
-def _place(model: CausalLM, name: str, tensor: Tensor, stored: str, path: Path, dtype: torch.dtype) -> None:
+def _candidates(model: CausalLM, paths: list[Path]) -> list[tuple[str, str]]:
+    """(name in the tree, type) of everything that the files' headers tell; a .bin file has none."""
+    headers = [tensor_headers(path) for path in paths if path.suffix == ".safetensors"]
+    stored = [(name, header.dtype) for file in headers for name, header in file.items()]
+    return [(candidate, dtype) for name, dtype in stored for candidate in model.checkpoint_names(name)]
+
+
+def _place(
+    model: CausalLM, name: str, tensor: Tensor, stored: str, path: Path, dtype: torch.dtype, packing: Packing
+) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     expected = getattr(module, leaf)
@@ -58,6 +76,8 @@ def _place(model: CausalLM, name: str, tensor: Tensor, stored: str, path: Path, 
         raise ModelError(
             f"tensor {stored!r} of {path.name} has shape {list(tensor.shape)}, the configuration says {list(expected.shape)}."
         )
+    if leaf == "weight" and packing.take_weight(name, tensor):
+        return
     setattr(module, leaf, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False))
 
 
@@ -68,23 +88,3 @@ def _mismatch(folder: Path, unknown: list[str], missing: list[str]) -> str:
     parts = [f"missing: {some(missing)}"] if missing else []
     parts += [f"unknown: {some(unknown)}"] if unknown else []
     return f"the weights in {str(folder)!r} do not match its config.json; {'; '.join(parts)}."
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    if path.suffix == ".safetensors":
-        tensor_headers(path)  # a damaged file is refused with its reason before anything is read
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{path.name} is damaged: {error}.") from None
-        return
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read as plain tensors: {str(error).splitlines()[0]}") from None
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ModelError(f"{path.name} holds {name!r}, which is not a tensor.")
-        yield name, tensor

@@ -29,9 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"batch", "layers", "models.config", "ops"},
     "scheduler": {"errors", "request"},
     "sampling": {"errors", "request"},
-    "weights": {"envs", "errors", "log", "models", "models.config"},
-    "plan": {"config", "envs", "errors", "models.config", "presets"},
-    "assemble": {"models", "models.config", "models.registry", "weights"},
+    "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
+    "plan": {"config", "envs", "errors", "models.config", "presets", "quant"},  # of quant, what knows no torch
+    "assemble": {"models", "models.config", "models.registry", "quant", "weights"},
     "engine": {
         "assemble", "batch", "config", "errors", "log", "metrics", "models", "models.config", "models.registry", "plan",
         "presets", "request", "sampling", "scheduler", "text", "weights",

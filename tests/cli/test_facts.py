@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quire import presets
-from quire.cli.plan import estimated_parameters, stored_weight_bytes
+from quire.cli.plan import estimated_parameters, stored_weights
 from quire.models.config import read_model_config
 from tests.cli.running import Quire
 
@@ -30,7 +30,7 @@ def test_plan_as_json_is_the_engines_plan(quire: Quire, tiny_llama: Path) -> Non
 
     facts = json.loads(quire("plan", str(tiny_llama), "--memory", "2G", "--cores", "3", "--max-num-seqs", "7", "--json").out)
     model = read_model_config(tiny_llama)
-    weights, _ = stored_weight_bytes(tiny_llama, model)
+    weights, _ = stored_weights(tiny_llama, model)
     made = make_plan(EngineConfig(str(tiny_llama), max_num_seqs=7), model, weights, Hardware(3, 2 << 30, 2 << 30))
     assert facts["fits"] is True
     assert {key: facts[key] for key in made.as_dict()} == json.loads(json.dumps(made.as_dict()))
@@ -59,16 +59,17 @@ def test_every_printed_command_fits_as_it_stands(quire: Quire, tiny_llama: Path)
 def test_weights_that_are_not_here_are_estimated(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     model = read_model_config(tmp_path)
-    exact, source = stored_weight_bytes(tiny_llama, model)
+    exact, source = stored_weights(tiny_llama, model)
     assert source == "the files' headers"
-    estimate, source = stored_weight_bytes(tmp_path, model)
+    estimate, source = stored_weights(tmp_path, model)
     assert "not on this machine" in source
-    assert estimate == estimated_parameters(model) * 4
-    assert abs(estimate - exact) < 0.02 * exact
+    assert estimate.as_stored.bytes_as(4) == estimated_parameters(model) * 4
+    for sizes, about in ((exact.as_stored, estimate.as_stored), (exact.at_load["int8"], estimate.at_load["int8"])):
+        assert abs(about.bytes_as(4) - sizes.bytes_as(4)) < 0.05 * sizes.bytes_as(4)
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": 1234}, "weight_map": {"x": "model-1.safetensors"}})
     )
-    assert stored_weight_bytes(tmp_path, model)[0] == 1234
+    assert stored_weights(tmp_path, model)[0].as_stored.bytes_as(4) == 1232
 
 
 def test_presets_table(quire: Quire) -> None:
