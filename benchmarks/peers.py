@@ -3,9 +3,9 @@
     python -m benchmarks.peers install hf vllm llama.cpp openvino --into DIR
     python -m benchmarks.peers list --into DIR
 
-Every Python engine gets a virtual environment under DIR; llama.cpp is built there from the source in llama-cpp-python's archive.
-Steps that are done are not repeated. pip must know an index that has torch's wheels for CPU (`PIP_EXTRA_INDEX_URL`). Knows
-nothing of workloads; what is said to an engine is in `benchmarks/engines`.
+Every Python engine gets a virtual environment under DIR; llama.cpp is built there, from the source in llama-cpp-python's
+archive. Steps that are done are not repeated. pip must know an index that has torch's wheels for CPU (`PIP_EXTRA_INDEX_URL`).
+Knows nothing of workloads; what is said to an engine is in `benchmarks/engines`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def llama_source(folder: Path) -> Path:
 def _llama(folder: Path, jobs: int) -> None:
     source, build = llama_source(folder), folder / "llama-build"
     if not source.exists():
-        _call(sys.executable, "-m", "pip", "download", LLAMA_ARCHIVE, "--no-deps", "--no-binary", "llama-cpp-python", "-d", folder)
+        alone = ("--no-deps", "--no-binary", "llama-cpp-python")
+        _call(sys.executable, "-m", "pip", "download", LLAMA_ARCHIVE, *alone, "-d", folder)
         with tarfile.open(folder / f"{LLAMA_FOLDER}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     patched = source / TILE_FILE

@@ -79,7 +79,7 @@ def _decode(sequences: int, context: int, steps: int, prefix_caching: bool) -> T
         scheduler.add(EngineRequest(str(number), prompt, SamplingParams(max_tokens=steps + 2), 0.0))
     while scheduler.backlog():
         step = scheduler.schedule()
-        drawn = {number: 1 for chunk in step.chunks for number in chunk.draws}
+        drawn = {number: [1] for chunk in step.chunks for number in chunk.draws}
         scheduler.update(step, drawn)
         if len(drawn) == sequences:
             break
@@ -93,7 +93,7 @@ def _decode(sequences: int, context: int, steps: int, prefix_caching: bool) -> T
         assert len(step.chunks) == sequences
         build(step, kv, {})
         built = clock()
-        drawn = {number: token for chunk in step.chunks for number in chunk.draws}
+        drawn = {number: [token] for chunk in step.chunks for number in chunk.draws}
         before = clock()
         scheduler.update(step, drawn)
         times.update.append(clock() - before)

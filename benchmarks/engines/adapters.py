@@ -1,7 +1,7 @@
 """What each engine is told, so that all do the same work: greedy, as many tokens as asked, an end token ends nothing.
 
-Every class has `generate(prompts, output, adapters)`, which runs all prompts at once and gives the new ids of each. Each imports
-its engine inside: this file is read by Pythons that have only one of them.
+Every class has `generate(prompts, output, adapters)`, which runs all prompts at once and gives the new ids of each. Engines are
+imported inside: this file is read by Pythons that have only one of them.
 """
 
 from __future__ import annotations

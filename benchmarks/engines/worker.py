@@ -1,7 +1,7 @@
 """One engine in a process of its own: loads, then answers lines of JSON on standard input with lines of JSON.
 
 Runs under the engine's own Python, so that it may use nothing but the standard library and the engine. What an engine prints
-goes to standard error; the answers have the descriptor that was standard output. The end of the input is the end of the process.
+goes to standard error; answers have the descriptor that was standard output. The end of the input ends the process.
 
     {"prompts": [[..]], "output": 128, "adapters": null}  ->  {"seconds": 1.5, "tokens": [[..]]}
 """

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "models": "List model families and the models on this machine.",
     "presets": "Show scenario presets and where each value in force comes from.",
     "plan": "Say what a model needs and whether it fits, before loading it.",
+    "bench": "Measure an engine or a running server.",
     "doctor": "Report the machine, versions, and what is wrong.",
 }
 # What people type who come from another tool.
@@ -42,6 +43,7 @@ OTHER_NAMES = {
     "preset": "presets",
     "config": "presets",
     "fit": "plan",
+    "benchmark": "bench",
 }
 
 USAGE, INTERRUPTED, INTERNAL = 2, 130, 1
