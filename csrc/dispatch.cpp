@@ -14,7 +14,7 @@ struct Isa {
     quire::Kernels kernels;
 };
 
-#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k); })
+#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k), isa::add_rows(k), isa::add_attention(k); })
 
 std::vector<Isa> find() {
     std::vector<Isa> found;
@@ -94,4 +94,47 @@ int quire_linear(const quire_weight *weight, int type, int64_t rows, const void 
 int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out) {
     return kernels().weight_rows(weight, type, rows, ids, out);
 }
+
+int quire_rms_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
+                   float eps, float offset, void *out) {
+    return kernels().rms_norm(type, weight_type, rows, size, x, stride, weight, eps, offset, out);
+}
+
+int quire_add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x,
+                       const void *weight, float eps, float offset, void *out) {
+    return kernels().add_rms_norm(type, weight_type, rows, size, residual, x, weight, eps, offset, out);
+}
+
+int quire_layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                     const void *weight, const void *bias, float eps, void *out) {
+    return kernels().layer_norm(type, weight_type, rows, size, x, stride, weight, bias, eps, out);
+}
+
+int quire_activation(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
+                     int64_t up_stride, void *out) {
+    return kernels().activation(type, kind, rows, size, x, stride, up, up_stride, out);
+}
+
+int quire_gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
+                      int64_t stride_bytes, void *out) {
+    return kernels().gather_rows(rows, ids, table, table_rows, row_bytes, stride_bytes, out);
+}
+
+int quire_rope(int type, int64_t tokens, int64_t heads, int64_t size, int64_t half, const void *x, int64_t token_stride,
+               int64_t head_stride, const float *cos, const float *sin, void *out) {
+    return kernels().rope(type, tokens, heads, size, half, x, token_stride, head_stride, cos, sin, out);
+}
+
+int quire_write_kv(const quire_kv *kv, int type, int64_t tokens, const quire_heads *k, const quire_heads *v,
+                   const int64_t *slots) {
+    return kernels().write_kv(kv, type, tokens, k, v, slots);
+}
+
+int quire_rope_and_write(const quire_kv *kv, int type, int64_t tokens, int64_t heads, int64_t half, const quire_heads *q,
+                         const quire_heads *k, const quire_heads *v, const float *cos, const float *sin,
+                         const int64_t *slots) {
+    return kernels().rope_and_write(kv, type, tokens, heads, half, q, k, v, cos, sin, slots);
+}
+
+int quire_attend(const quire_attention *call) { return kernels().attend(call); }
 }

@@ -9,13 +9,24 @@ struct Kernels {
     int (*pack)(const quire_weight *, const void *, int64_t);
     int (*linear)(const quire_weight *, int, int64_t, const void *, int64_t, const void *, void *, int64_t);
     int (*weight_rows)(const quire_weight *, int, int64_t, const int64_t *, void *);
+    decltype(&quire_rms_norm) rms_norm;
+    decltype(&quire_add_rms_norm) add_rms_norm;
+    decltype(&quire_layer_norm) layer_norm;
+    decltype(&quire_activation) activation;
+    decltype(&quire_gather_rows) gather_rows;
+    decltype(&quire_rope) rope;
+    decltype(&quire_write_kv) write_kv;
+    decltype(&quire_rope_and_write) rope_and_write;
+    decltype(&quire_attend) attend;
 };
 
 }  // namespace quire
 
-#define QUIRE_DECLARE(isa)                     \
-    namespace isa {                            \
-    void add_linear(quire::Kernels &kernels);  \
+#define QUIRE_DECLARE(isa)                       \
+    namespace isa {                              \
+    void add_linear(quire::Kernels &kernels);    \
+    void add_rows(quire::Kernels &kernels);      \
+    void add_attention(quire::Kernels &kernels); \
     }
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)

@@ -3,7 +3,7 @@
 // A weight lies in panels of 32 outputs. For each input in turn a panel holds its 32 values (one cache line in bfloat16), so
 // a product reads memory in one direction, and every output has a chain of its own: acc[r][o] = fma(x[r][i], w[o][i], acc),
 // i ascending. Tiles of rows share the reading; where a chain is put aside between blocks of inputs it is stored whole.
-// For more than one tile a block of the panel is first decoded to float32, so that narrow types cost their decoding once.
+// For more than one tile a block of an 8-bit panel is first decoded to float32, so that its decoding is paid once.
 //
 // INT8 and INT4 multiply unsigned weights (INT8 stores w + 128) by signed activations in exact integers.
 #include "kernels.h"
@@ -11,6 +11,7 @@
 #include "vector.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace QUIRE_ISA {
 namespace {
@@ -58,10 +59,28 @@ template <> struct Dense<QUIRE_F16> {
         for (int v = 0; v < PARTS; v++) w[v] = floats_of_f16(load<Halves>(p + v * LANES * 2));
     }
 };
+// Bytes in bfloat16's order. With AVX-512 all 32 become bfloat16 at once, which holds every E4M3 value.
 template <> struct Dense<QUIRE_E4M3> {
     static constexpr int64_t BYTES = PANEL;
     static INLINE void read(const uint8_t *p, Floats *w) {
-        for (int v = 0; v < PARTS; v++) w[v] = floats_of_e4m3(load<Bytes>(p + v * LANES));
+#if defined(__AVX512F__)
+        // The eight values below 2^-6, m * 2^-9, as bfloat16; larger ones only shift.
+        const __m512i small = _mm512_broadcast_i64x2(_mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
+        const __m512i u = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+        const __m512i m = _mm512_and_si512(u, _mm512_set1_epi16(0x7f));
+        __m512i half = _mm512_add_epi16(_mm512_slli_epi16(m, 4), _mm512_set1_epi16(120 << 7));
+        half = _mm512_mask_permutexvar_epi16(half, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16(8)), m, small);
+        half = _mm512_mask_mov_epi16(half, _mm512_cmpeq_epi16_mask(m, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7fc0));
+        half = _mm512_or_si512(half, _mm512_slli_epi16(_mm512_xor_si512(u, m), 8));
+        w[0] = (Floats)_mm512_slli_epi32(half, 16);
+        w[1] = (Floats)_mm512_and_si512(half, _mm512_set1_epi32(int(0xffff0000)));
+#else
+        for (int v = 0; v < PARTS / 2; v++) {
+            Words pair = widen(load<Halves>(p + v * LANES * 2));
+            w[v] = floats_of_e4m3(pair & 0xff);
+            w[v + PARTS / 2] = floats_of_e4m3(pair >> 8);
+        }
+#endif
     }
 };
 
@@ -182,6 +201,18 @@ struct Product {
 
 // ---- dense -----------------------------------------------------------------------------------------------------------
 
+// A block of a panel as floats, in memory of this thread.
+template <class Weights> const uint8_t *decoded(const uint8_t *from, int64_t inputs) {
+    auto out = static_cast<float *>(quire::scratch(3, BLOCK_INPUTS * PANEL * 4));
+    for (int64_t i = 0; i < inputs; i++) {
+        Floats w[PARTS];
+        __builtin_prefetch(from + i * Weights::BYTES + AHEAD);
+        Weights::read(from + i * Weights::BYTES, w);
+        for (int v = 0; v < PARTS; v++) store(out + i * PANEL + v * LANES, w[v]);
+    }
+    return reinterpret_cast<const uint8_t *>(out);
+}
+
 template <class Weights> void dense(const Product &product) {
     const quire_weight &weight = *product.weight;
     const int64_t inputs = weight.inputs, panels = up(weight.outputs, PANEL) / PANEL;
@@ -221,28 +252,22 @@ template <class Weights> void dense(const Product &product) {
         return;
     }
 
+    using Shared = std::conditional_t<(Weights::BYTES < PANEL * 2), Dense<QUIRE_F32>, Weights>;
     const int64_t tiles_in_block = std::max<int64_t>(1, BLOCK_ROWS / MOST_ROWS);
     const int64_t row_blocks = (cut.tiles + tiles_in_block - 1) / tiles_in_block;
     quire::parallel(row_blocks * panels, [&](int64_t task) {
         const int64_t p = task % panels, first = task / panels * tiles_in_block;
         const int64_t last = std::min(cut.tiles, first + tiles_in_block), row = cut.start(first);
         auto acc = static_cast<float *>(quire::scratch(2, BLOCK_ROWS * PANEL * 4));
-        auto decoded = static_cast<float *>(quire::scratch(3, BLOCK_INPUTS * PANEL * 4));
         std::fill(acc, acc + (cut.start(last) - row) * PANEL, 0.0f);
         for (int64_t begin = 0; begin < inputs; begin += BLOCK_INPUTS) {
             const int64_t count = std::min(BLOCK_INPUTS, inputs - begin);
-            const uint8_t *from = data + p * panel_bytes + begin * Weights::BYTES;
-            for (int64_t i = 0; i < count; i++) {
-                Floats w[PARTS];
-                __builtin_prefetch(from + i * Weights::BYTES + AHEAD);
-                Weights::read(from + i * Weights::BYTES, w);
-                for (int v = 0; v < PARTS; v++) store(decoded + i * PANEL + v * LANES, w[v]);
-            }
+            const uint8_t *part = data + p * panel_bytes + begin * Weights::BYTES;
+            if (Weights::BYTES < PANEL * 2) part = decoded<Weights>(part, count);
             for (int64_t t = first; t < last; t++) {
                 const int rows = cut.rows(t);
-                const float *part = x + cut.start(t) * inputs + begin * rows;
-                tile_for<Dense<QUIRE_F32>>(rows, 1)(count, part, reinterpret_cast<uint8_t *>(decoded), 0,
-                                                    acc + (cut.start(t) - row) * PANEL);
+                const Tile multiply = tile_for<Shared>(rows, 1);
+                multiply(count, x + cut.start(t) * inputs + begin * rows, part, 0, acc + (cut.start(t) - row) * PANEL);
             }
         }
         for (int64_t r = row; r < cut.start(last); r++) product.finish(r, p, acc + (r - row) * PANEL);
@@ -250,6 +275,8 @@ template <class Weights> void dense(const Product &product) {
 }
 
 // ---- integers --------------------------------------------------------------------------------------------------------
+
+typedef int8_t Signed __attribute__((vector_size(LANES)));
 
 // x as int8: bytes [tile][inputs / 4][row][4]; scales and sums of the integers [row, groups].
 struct Quantized {
@@ -259,17 +286,22 @@ struct Quantized {
     int64_t groups;
 };
 
+// x: `count` floats, zeros after them up to whole vectors.
 void quantize_row(const float *x, int64_t count, int8_t *out, float *scale, int32_t *sum) {
-    float most = 0;
-    for (int64_t i = 0; i < count; i++) most = std::max(most, std::fabs(x[i]));
-    const float s = std::max(most / 127, 1.17549435e-38f);
-    int32_t total = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int q = int(std::nearbyintf(x[i] / s));
-        out[i] = int8_t(q);
+    Floats most = {};
+    for (int64_t i = 0; i < count; i += LANES) most = larger(magnitude(load<Floats>(x + i)), most);
+    float largest = 0;
+    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    const float s = std::max(largest / 127, 1.17549435e-38f);
+    Ints total = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Ints q = nearest(load<Floats>(x + i) / all(s));
         total += q;
+        store(out + i, __builtin_convertvector(q, Signed));
     }
-    *scale = s, *sum = total;
+    *sum = 0;
+    for (int lane = 0; lane < LANES; lane++) *sum += total[lane];
+    *scale = s;
 }
 
 // inputs: padded to a multiple of 4; group: inputs that share a scale.
@@ -281,8 +313,10 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
     out.sums = static_cast<int32_t *>(quire::scratch(5, product.rows * out.groups * 4));
     quire::parallel(cut.tiles, [&](int64_t t) {
         const int rows = cut.rows(t);
-        auto line = static_cast<float *>(quire::scratch(1, inputs * 4 + padded));
-        auto bytes = reinterpret_cast<int8_t *>(line + inputs);
+        const int64_t whole = up(inputs, 16);
+        auto line = static_cast<float *>(quire::scratch(1, whole * 5));
+        auto bytes = reinterpret_cast<int8_t *>(line + whole);
+        std::fill(line + inputs, line + whole, 0.0f);
         int8_t *to = out.values + cut.start(t) * padded;
         for (int r = 0; r < rows; r++) {
             const int64_t row = cut.start(t) + r;
@@ -290,7 +324,6 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
             for (int64_t g = 0; g < out.groups; g++)
                 quantize_row(line + g * group, std::min(group, inputs - g * group), bytes + g * group,
                              out.scales + row * out.groups + g, out.sums + row * out.groups + g);
-            for (int64_t i = inputs; i < padded; i++) bytes[i] = 0;
             for (int64_t i = 0; i < padded / 4; i++) std::memcpy(to + (i * rows + r) * 4, bytes + i * 4, 4);
         }
     });
@@ -377,10 +410,11 @@ template <bool INT4> void integer(const Product &product) {
                         const int64_t at = (cut.start(t) + r) * x.groups + g;
                         const float s = x.scales[at];
                         const int32_t sum = x.sums[at];
-                        for (int o = 0; o < PANEL; o++) {
-                            int32_t exact = acc[r * PANEL + o] - (INT4 ? int32_t(zeros[o]) : 128) * sum;
-                            float product = float(exact) * (s * scales[o]);
-                            sums[r * PANEL + o] += product;
+                        for (int o = 0; o < PANEL; o += LANES) {
+                            Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
+                            Ints exact = load<Ints>(acc + r * PANEL + o) - zero * sum;
+                            Floats part = to_float(exact) * (all(s) * load<Floats>(scales + o));
+                            store(sums + r * PANEL + o, load<Floats>(sums + r * PANEL + o) + part);
                         }
                     }
                 }
@@ -409,12 +443,13 @@ int linear(const quire_weight *weight, int type, int64_t rows, const void *x, in
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
-int bf16_place(int output) { return output % 16 * 2 + output / 16; }
+int paired_place(int output) { return output % 16 * 2 + output / 16; }
 
 int pack(const quire_weight *weight, const void *source, int64_t stride) {
     const int64_t inputs = weight->inputs, outputs = weight->outputs, panels = up(outputs, PANEL) / PANEL;
     const int64_t panel_bytes = quire_packed_bytes(weight->form, weight->type, PANEL, inputs);
     if (panel_bytes < 0) return -1;
+    if (weight->form == QUIRE_INT4 && (weight->group_size % 32 || inputs % weight->group_size)) return -1;
     const int size = weight->form == QUIRE_DENSE ? int(bytes_of(weight->type)) : 1;
     auto all = static_cast<uint8_t *>(weight->data);
     auto from = static_cast<const uint8_t *>(source);
@@ -434,10 +469,10 @@ int pack(const quire_weight *weight, const void *source, int64_t stride) {
             else if (size == 4)
                 for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + o) * 4, row + i * 4, 4);
             else if (size == 2) {
-                const int place = weight->type == QUIRE_BF16 ? bf16_place(o) : o;
+                const int place = weight->type == QUIRE_BF16 ? paired_place(o) : o;
                 for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + place) * 2, row + i * 2, 2);
             } else
-                for (int64_t i = 0; i < inputs; i++) to[i * PANEL + o] = row[i];
+                for (int64_t i = 0; i < inputs; i++) to[i * PANEL + paired_place(o)] = row[i];
         }
     });
     return 0;
@@ -456,9 +491,9 @@ float unpacked(const quire_weight &weight, int64_t panel_bytes, int64_t output, 
     if (weight.type == QUIRE_F32) {
         std::memcpy(&value, panel + (i * PANEL + o) * 4, 4);
     } else if (weight.type == QUIRE_E4M3) {
-        value = from_e4m3(panel[i * PANEL + o]);
+        value = from_e4m3(panel[i * PANEL + paired_place(int(o))]);
     } else {
-        const int64_t place = weight.type == QUIRE_BF16 ? bf16_place(int(o)) : o;
+        const int64_t place = weight.type == QUIRE_BF16 ? paired_place(int(o)) : o;
         uint16_t half;
         std::memcpy(&half, panel + (i * PANEL + place) * 2, 2);
         value = weight.type == QUIRE_BF16 ? from_bf16(half) : from_f16(half);

@@ -39,7 +39,8 @@ enum quire_form { QUIRE_DENSE = 0, QUIRE_INT8 = 1, QUIRE_INT4 = 2 };
 /* A packed weight [outputs, inputs]. data: quire_packed_bytes() bytes, aligned to 64. The rest depends on the form:
  * DENSE: type F32, BF16, F16 or E4M3; scales NULL, or one float per output (E4M3).
  * INT8:  scales one float per output.
- * INT4:  scales [groups, padded outputs] floats, zeros the same in bytes; padded outputs = outputs rounded up to 32. */
+ * INT4:  groups of group_size inputs, a multiple of 32 that divides inputs; scales [groups, padded outputs] floats, zeros the
+ *        same in bytes; padded outputs = outputs rounded up to 32. */
 typedef struct quire_weight {
     int32_t form, type;
     int64_t outputs, inputs, group_size;
@@ -61,6 +62,78 @@ int quire_linear(const quire_weight *weight, int type, int64_t rows, const void 
 
 /* out[r, :] = w[ids[r], :] as `type`. */
 int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out);
+
+/* ---- rows.cpp: what acts on each row by itself ------------------------------------------------------------------ */
+
+/* Types F32, BF16 or F16, weights of any of them. Strides are in elements; results lie end to end unless it is said. */
+
+/* out = x / sqrt(mean(x^2) + eps) * (weight + offset) over rows of `size`. */
+int quire_rms_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
+                   float eps, float offset, void *out);
+/* residual += x (rounded to the type), then out = rms_norm(residual); residual and x [rows, size] end to end. */
+int quire_add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x,
+                       const void *weight, float eps, float offset, void *out);
+/* weight and bias may be NULL. */
+int quire_layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                     const void *weight, const void *bias, float eps, void *out);
+
+enum quire_activations { QUIRE_SILU = 0, QUIRE_GELU = 1, QUIRE_GELU_TANH = 2, QUIRE_RELU = 3 };
+/* out = kind(x), times `up` where that is not NULL. */
+int quire_activation(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
+                     int64_t up_stride, void *out);
+
+/* out[r] = table[ids[r]], rows of row_bytes, stride_bytes apart in the table. */
+int quire_gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
+                      int64_t stride_bytes, void *out);
+
+/* x [tokens, heads, size] turned by cos, sin [tokens, half], pairs (i, i + half); what is past 2 * half is copied. */
+int quire_rope(int type, int64_t tokens, int64_t heads, int64_t size, int64_t half, const void *x, int64_t token_stride,
+               int64_t head_stride, const float *cos, const float *sin, void *out);
+
+/* Rows of heads: element i of head h of token t lies at data[t * token + h * head + i]. */
+typedef struct quire_heads {
+    void *data;
+    int64_t token, head;
+} quire_heads;
+
+/* Keys and values of one layer, of any type: slot s, head h begin at s * token + h * head. With scales [2, kv_heads] (keys,
+ * values) a number x is stored as x / scale and read as stored * scale; eight-bit floats saturate, int8 is held in +-127. */
+typedef struct quire_kv {
+    int32_t type;
+    int64_t kv_heads, size, slots;
+    void *keys, *values;
+    int64_t k_token, k_head, v_token, v_head;
+    const float *scales;
+} quire_kv;
+
+/* k, v [tokens, kv_heads, size] of `type` into slots [tokens]. */
+int quire_write_kv(const quire_kv *kv, int type, int64_t tokens, const quire_heads *k, const quire_heads *v,
+                   const int64_t *slots);
+/* The same after turning: q [tokens, heads, size] in place, and k on its way into the cache (k itself stays). */
+int quire_rope_and_write(const quire_kv *kv, int type, int64_t tokens, int64_t heads, int64_t half, const quire_heads *q,
+                         const quire_heads *k, const quire_heads *v, const float *cos, const float *sin,
+                         const int64_t *slots);
+
+/* ---- attention.cpp: causal attention over a cache, or over rows ------------------------------------------------- */
+
+/* q [T, heads, size] and out of `type`, out end to end. Rows starts[s]:starts[s + 1] are the last ones of a sequence of
+ * lengths[s] tokens. With tables [sequences, table_stride] token p of sequence s lies in slot
+ * tables[s][p / block_size] * block_size + p % block_size of kv; without (NULL) in slot starts[s] + p.
+ * softcap 0: none; window 0: none. */
+typedef struct quire_attention {
+    int32_t type;
+    int64_t heads;
+    quire_heads q;
+    void *out;
+    quire_kv kv;
+    int64_t sequences;
+    const int64_t *starts, *lengths, *tables;
+    int64_t table_stride, block_size;
+    float scale, softcap;
+    int64_t window;
+} quire_attention;
+
+int quire_attend(const quire_attention *call);
 
 #ifdef __cplusplus
 }

@@ -94,7 +94,22 @@ INLINE float from_e4m3(uint8_t x) {
 }
 
 INLINE Words widen(Halves v) { return __builtin_convertvector(v, Words); }
-INLINE Words widen(Bytes v) { return __builtin_convertvector(v, Words); }
+INLINE Words widen(Bytes v) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32((__m128i)v);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits<int64_t>(v)));
+#else
+    return __builtin_convertvector(v, Words);
+#endif
+}
+INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
+// The nearest integer, halves to even, for |v| < 2^22.
+INLINE Ints nearest(Floats v) {
+    const Floats magic = all(12582912.0f);  // 1.5 * 2^23: the sum's last bit is worth one
+    return bits<Ints>(v + magic) - bits<Ints>(magic);
+}
+INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
 INLINE Floats floats_of_bf16(Halves v) { return bits<Floats>(widen(v) << 16); }
 INLINE Halves bf16_of_floats(Floats v) {
     Words u = bits<Words>(v);
@@ -124,15 +139,41 @@ INLINE Halves f16_of_floats(Floats v) {
     return out;
 #endif
 }
-INLINE Floats floats_of_e4m3(Bytes v) {
-    Words u = widen(v), magnitude = u & 0x7f;
+// The lowest byte of each word.
+INLINE Floats floats_of_e4m3(Words u) {
+    Words magnitude = u & 0x7f;
+    Floats normal = bits<Floats>((magnitude << 20) + (120u << 23));
+    Floats small = to_float(bits<Ints>(magnitude)) * 0x1p-9f;
+    Words out = bits<Words>(magnitude < 8 ? small : normal);
+    out = magnitude == 0x7f ? Words{} + 0x7fc00000 : out;
+    return bits<Floats>(out | (u & 0x80) << 24);
+}
+INLINE Floats floats_of_e4m3_words(Words u) {
+    Words magnitude = u & 0x7f;
     Floats normal = bits<Floats>((magnitude << 20) + (120u << 23));
     Floats small = __builtin_convertvector(bits<Ints>(magnitude), Floats) * 0x1p-9f;
     Words out = bits<Words>(magnitude < 8 ? small : normal);
     out = magnitude == 0x7f ? Words{} + 0x7fc00000 : out;
     return bits<Floats>(out | (u & 0x80) << 24);
 }
+INLINE Floats floats_of_e4m3(Bytes v) { return floats_of_e4m3_words(widen(v)); }
 INLINE Floats floats_of_e5m2(Bytes v) { return floats_of_f16(__builtin_convertvector(v, Halves) << 8); }
+
+// To eight bits with 23 - DROPPED bits of mantissa and exponents from BIAS up: the nearest, ties to even; what is larger than
+// LARGEST becomes it. Below the normal range the hardware's own rounding does it, at the unit that SUBNORMAL's last bit is.
+template <int DROPPED, int BIAS> INLINE Bytes eight_bits(Floats v, float largest, float smallest, float subnormal) {
+    Words u = bits<Words>(v), sign = u >> 24 & 0x80;
+    Floats size = bits<Floats>(u & 0x7fffffffu);
+    Floats held = size > largest ? all(largest) : size;
+    Words h = bits<Words>(held);
+    Words normal = ((h + ((1u << (DROPPED - 1)) - 1) + (h >> DROPPED & 1)) >> DROPPED) - (uint32_t(BIAS) << (23 - DROPPED));
+    Words tiny = bits<Words>(held + subnormal) - bits<uint32_t>(subnormal);
+    Words out = held < smallest ? tiny : normal;
+    out = v == v ? out : Words{} + 0x7f;
+    return __builtin_convertvector(out | sign, Bytes);
+}
+INLINE Bytes e4m3_of_floats(Floats v) { return eight_bits<20, 120>(v, 448.0f, 0x1p-6f, 0x1p14f); }
+INLINE Bytes e5m2_of_floats(Floats v) { return eight_bits<21, 112>(v, 57344.0f, 0x1p-14f, 0x1p7f); }
 
 // acc[lane] += sum of four products: unsigned bytes of w times signed bytes of x. Exact, so every way gives the same.
 INLINE Ints dot4(Ints acc, Words w, Ints x) {

@@ -92,9 +92,16 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return selected().gated_activation(gate, up, kind)
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Store k, v [T, K, D] at `slots` [T] (block * B + offset) of keys, values [N, B, K, D], in place."""
-    selected().write_kv(keys, values, k, v, slots)
+def write_kv(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales: Tensor | None = None
+) -> None:
+    """Store k, v [T, K, D] at `slots` [T] (block * B + offset) of keys, values [N, B, K, D], in place.
+
+    A cache of one byte per number (int8, float8_e4m3fn, float8_e5m2) holds k / scale, with scales [2, K] float32 (0: keys,
+    1: values; None: 1): the nearest number of its type, ties to the even one, what is out of range (+-127, +-448, +-57344)
+    the largest; a NaN is NaN, but 0 in int8, which has none. `paged_attention` reads stored * scale, in float32.
+    """
+    selected().write_kv(keys, values, k, v, slots, scales)
 
 
 def paged_attention(
@@ -108,15 +115,16 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, H, D] over the cache: [T, H, D].
 
     Rows starts[s]:starts[s+1] are the last ones of a sequence of lengths[s] tokens, whose keys lie in the blocks
     block_tables[s] of keys, values [N, B, K, D]. window: each row sees itself and the window - 1 tokens before it.
-    softcap: scores become softcap * tanh(scores / softcap).
+    softcap: scores become softcap * tanh(scores / softcap). scales: as they were given to `write_kv`.
     """
     return selected().paged_attention(
-        q, keys, values, block_tables, starts, lengths, scale=scale, window=window, softcap=softcap
+        q, keys, values, block_tables, starts, lengths, scale=scale, window=window, softcap=softcap, scales=scales
     )
 
 

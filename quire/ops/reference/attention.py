@@ -6,6 +6,8 @@ nothing, to the bit: its weights are exactly 0 and its rescaling exactly 1. So a
 its sequence only, wherever chunks begin or end.
 
 Query rows of one sequence are computed in tiles of fixed sizes (see `linear.py` for why, and for the trial).
+
+A cache of one byte per number is read back to float32 before anything is computed with it.
 """
 
 from __future__ import annotations
@@ -25,13 +27,37 @@ TILE = 8
 OTHER_TILES = (64, 1)
 # Bounds the scratch memory: keys gathered for one product, in elements.
 MOST_GATHERED = 1 << 23
+LARGEST_INT8 = 127
 
 Gather = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
-    values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
+def write_kv(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales: Tensor | None = None
+) -> None:
+    for kind, (cache, rows) in enumerate(((keys, k), (values, v))):
+        rows = _stored(rows, cache.dtype, None if scales is None else scales[kind])
+        if cache.element_size() == 1:
+            cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)  # torch copies no float8 by index
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
+
+
+def _stored(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """rows [T, K, D] as the cache's type holds them; scale: [K]."""
+    if dtype.itemsize > 1:
+        return rows.to(dtype)
+    rows = rows.float()
+    if scale is not None:
+        rows = rows / scale[:, None]
+    if dtype == torch.int8:
+        return rows.round().nan_to_num(0.0, LARGEST_INT8, -LARGEST_INT8).clamp(-LARGEST_INT8, LARGEST_INT8).to(dtype)
+    largest = torch.finfo(dtype).max
+    return rows.clamp(-largest, largest).to(dtype)
+
+
+def _read(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """What `_stored` rows [..., K, D] stand for."""
+    return rows if scale is None else rows.float() * scale[:, None]
 
 
 def paged_attention(
@@ -45,14 +71,16 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
+    key_scale, value_scale = (None, None) if scales is None else scales
     blocks_per_span = SPAN // keys.shape[1]
     short = -block_tables.shape[1] % blocks_per_span
     tables = torch.nn.functional.pad(block_tables, (0, short)) if short else block_tables
 
     def gather(sequence: Tensor, _first: Tensor, span: int) -> tuple[Tensor, Tensor]:
         blocks = tables[sequence, span * blocks_per_span : (span + 1) * blocks_per_span]
-        return keys[blocks].flatten(1, 2), values[blocks].flatten(1, 2)
+        return _read(keys[blocks].flatten(1, 2), key_scale), _read(values[blocks].flatten(1, 2), value_scale)
 
     return _attend(q, keys.shape[2], starts, lengths, gather, scale, window, softcap)
 

@@ -1,0 +1,436 @@
+// Causal attention with one order of summation for every way of cutting a batch.
+//
+// Keys are taken in spans of 128 positions, counted from the start of the sequence. Each query row folds the spans one after
+// another into a running maximum, sum and output (Milakov & Gimelshein 2018; Dao 2022). A score is one chain over the head's
+// dimensions, an output one chain over the keys, a row's sum of weights sixteen chains over the keys modulo 16: nothing
+// depends on which rows share a tile, on where chunks begin or on threads. A key that a row may not see has the weight 0, a
+// span that it may not see the fade 1; leaving them out, where the whole tile may, changes no bit.
+//
+// A task is some rows of one sequence with the heads of one kv head. It decodes a span once, to float32: keys transposed, so
+// that lanes are keys, values as they lie, so that lanes are dimensions. Then its rows pass over it in tiles, as rows pass
+// over a panel of a weight in linear.cpp. What lies past a sequence's end is never read.
+//
+// Scales of a quantized cache: q is multiplied by `scale`, then by the keys' scale; the finished output by the values'.
+#include "functions.h"
+#include "kernels.h"
+#include "pool.h"
+
+#include <cfloat>
+#include <vector>
+
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int SPAN = 128;
+constexpr int PANEL = 32;              // keys, or dimensions, of a panel
+constexpr int PARTS = PANEL / LANES;
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12;          // rows of a tile: what the registers hold
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int MOST_ROWS = 3;
+#else
+constexpr int MOST_ROWS = 1;
+#endif
+constexpr int64_t TASK_ROWS = 168;     // rows that share the decoding of a span
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// ---- decoding a span -------------------------------------------------------------------------------------------------
+
+// LANES x LANES words, in place.
+INLINE void transpose(Words *rows) {
+#if defined(__AVX512F__)
+    __m512i t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int h = 0; h < 2; h++) {
+            u[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+            u[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+        }
+    for (int c = 0; c < 4; c++) {
+        __m512i even[2], odd[2];
+        for (int h = 0; h < 2; h++) {
+            even[h] = _mm512_shuffle_i32x4(u[8 * h + c], u[8 * h + 4 + c], 0x88);
+            odd[h] = _mm512_shuffle_i32x4(u[8 * h + c], u[8 * h + 4 + c], 0xdd);
+        }
+        rows[c] = (Words)_mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        rows[c + 4] = (Words)_mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        rows[c + 8] = (Words)_mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        rows[c + 12] = (Words)_mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+#elif defined(__AVX2__)
+    __m256i t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int h = 0; h < 2; h++) {
+            u[i + 2 * h] = _mm256_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+            u[i + 2 * h + 1] = _mm256_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+        }
+    for (int c = 0; c < 4; c++) {
+        rows[c] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
+        rows[c + 4] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
+    }
+#else
+    Words out[LANES];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) out[j][i] = rows[i][j];
+    for (int i = 0; i < LANES; i++) rows[i] = out[i];
+#endif
+}
+
+// Keys [begin, end) of a span, at rows[begin..end), into [panel of 32 keys][size][32]. Transposed as words, of one to four
+// numbers each, and widened afterwards.
+template <int type> void decode_keys(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
+    constexpr int BYTES = Element<type>::BYTES, EACH = 4 / BYTES, WIDTH = LANES * 4;
+    const int64_t row_bytes = size * BYTES;
+    for (int key = begin / LANES * LANES; key < end; key += LANES) {
+        float *to = out + key / PANEL * size * PANEL + key % PANEL;
+        for (int64_t from = 0; from < row_bytes; from += WIDTH) {
+            Words words[LANES];
+            const int64_t here = std::min<int64_t>(WIDTH, row_bytes - from);
+            for (int i = 0; i < LANES; i++) {
+                if (key + i < begin || key + i >= end)
+                    words[i] = Words{};
+                else if (here == WIDTH)
+                    words[i] = load<Words>(rows[key + i] + from);
+                else
+                    words[i] = load_some<Words>(rows[key + i] + from, here);
+            }
+            transpose(words);
+            const int64_t first = from / BYTES;
+            if (here == WIDTH)
+                for (int i = 0; i < LANES; i++)
+                    for (int j = 0; j < EACH; j++)
+                        store(to + (first + i * EACH + j) * PANEL, Element<type>::of_words(words[i], j));
+            else
+                for (int i = 0; i < here / BYTES; i++)
+                    store(to + (first + i) * PANEL, Element<type>::of_words(words[i / EACH], i % EACH));
+        }
+    }
+}
+
+// Dimensions of the panel that begins at d: 32, or 16 where no more are left.
+INLINE int panel_width(int64_t size, int64_t d) { return size - d > 16 ? PANEL : 16; }
+
+// Values [begin, end) into [panel of dimensions][128][width of the panel], filled up with zeros.
+template <int type> void decode_values(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
+    for (int64_t d = 0; d < size; d += PANEL) {
+        const int width = panel_width(size, d);
+        float *to = out + d * SPAN;
+        for (int key = begin; key < end; key++)
+            for (int i = 0; i < width; i += LANES)
+                store(to + key * width + i, d + i < size ? read<type>(rows[key], d + i, size) : Floats{});
+    }
+}
+
+// ---- products --------------------------------------------------------------------------------------------------------
+
+// sums[r][p][v] is one chain over i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel.
+template <int ROWS, int PANELS, int WIDTH, int STEP, int ROW>
+INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * WIDTH / LANES]) {
+    constexpr int EACH = WIDTH / LANES;
+    for (int64_t i = 0; i < count; i++) {
+        Floats values[PANELS * EACH];
+        for (int p = 0; p < PANELS; p++)
+            for (int v = 0; v < EACH; v++) values[p * EACH + v] = load<Floats>(w + p * panel + i * WIDTH + v * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            const Floats one = all(x[i * STEP + r * ROW]);
+            for (int v = 0; v < PANELS * EACH; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+        }
+    }
+}
+
+// Few rows leave registers free: more panels at a time hide the latency of the chains.
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+// Scores of ROWS queries [size][ROWS] with the keys of PANELS panels, into scores [ROWS][128].
+template <int ROWS, int PANELS> INLINE void score_some(int64_t size, const float *q, const float *keys, float *scores) {
+    Floats sums[ROWS][PANELS * PARTS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PANELS * PARTS; v++) sums[r][v] = Floats{};
+    chains<ROWS, PANELS, PANEL, ROWS, 1>(size, q, keys, size * PANEL, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PANELS * PARTS; v++) store(scores + r * SPAN + v * LANES, sums[r][v]);
+}
+
+template <int ROWS> void score(int64_t size, const float *q, const float *keys, int panel, int last, float *scores) {
+    constexpr int TOGETHER = panels_for(ROWS);
+    for (; panel + TOGETHER <= last; panel += TOGETHER)
+        score_some<ROWS, TOGETHER>(size, q, keys + panel * size * PANEL, scores + panel * PANEL);
+    for (; panel < last; panel++) score_some<ROWS, 1>(size, q, keys + panel * size * PANEL, scores + panel * PANEL);
+}
+
+// out [ROWS][stride] = out * fade + weights [ROWS][128] times the values of keys [begin, end), for some dimensions.
+template <int ROWS, int PANELS, int WIDTH>
+INLINE void mix_some(int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
+                     float *out) {
+    constexpr int EACH = PANELS * WIDTH / LANES;
+    Floats sums[ROWS][EACH];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < EACH; v++) sums[r][v] = load<Floats>(out + r * stride + v * LANES) * fade[r];
+    chains<ROWS, PANELS, WIDTH, 1, SPAN>(end - begin, weights + begin, values + begin * WIDTH, PANEL * SPAN, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < EACH; v++) store(out + r * stride + v * LANES, sums[r][v]);
+}
+
+template <int ROWS>
+void mix(int64_t size, int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
+         float *out) {
+    constexpr int TOGETHER = panels_for(ROWS);
+    int64_t d = 0;
+    for (; d + TOGETHER * PANEL <= size; d += TOGETHER * PANEL)
+        mix_some<ROWS, TOGETHER, PANEL>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
+    for (; d < size && panel_width(size, d) == PANEL; d += PANEL)
+        mix_some<ROWS, 1, PANEL>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
+    if (d < size) mix_some<ROWS, 1, 16>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
+}
+
+struct Products {
+    void (*score)(int64_t, const float *, const float *, int, int, float *);
+    void (*mix)(int64_t, int, int, const float *, const float *, const float *, int64_t, float *);
+};
+
+Products products_for(int rows) {
+    static_assert(MOST_ROWS <= 12);
+#define ONE(n)                    \
+    if constexpr (n <= MOST_ROWS) \
+        if (rows == n) return {score<n>, mix<n>};
+    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+#undef ONE
+    return {};
+}
+
+// ---- one row's weights of a span -------------------------------------------------------------------------------------
+
+// Scores [128] of which [begin, end) may be seen, both within [first, last), multiples of 32: into weights. Returns the fade.
+float weigh(float *scores, int first, int last, int begin, int end, float softcap, float *best, float *total) {
+    Floats places;
+    for (int i = 0; i < LANES; i++) places[i] = float(i);
+    Floats most = all(-INFINITY);
+    const bool whole = begin <= first && end >= last;
+    for (int i = first; i < last; i += LANES) {
+        Floats s = load<Floats>(scores + i);
+        if (softcap != 0.0f) s = softcap * tanh(s / softcap);
+        if (!whole) {
+            Floats place = places + float(i);
+            s = place < float(begin) ? all(-INFINITY) : s;
+            s = place < float(end) ? s : all(-INFINITY);
+        }
+        store(scores + i, s);
+        most = larger(s, most);
+    }
+    const float high = largest(most), highest = *best > high ? *best : high;
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    Sixteen sums{};
+    for (int i = first; i < last; i += 16)
+        for (int v = 0; v < Sixteen::COUNT; v++) {
+            Floats weight = exp(load<Floats>(scores + i + v * LANES) - base);
+            store(scores + i + v * LANES, weight);
+            sums.part[v] += weight;
+        }
+    const float fade = exp(all(*best - base))[0];
+    *best = highest;
+    *total = *total * fade + sum(sums);
+    return fade;
+}
+
+// ---- tasks -----------------------------------------------------------------------------------------------------------
+
+const uint8_t *bytes(const void *p) { return static_cast<const uint8_t *>(p); }
+
+// How the rows of a call are cut into tasks. Any cut gives the same bits.
+struct Plan {
+    int64_t rows, parts;         // query rows of a task; runs of heads that a group is cut into
+    std::vector<int64_t> first;  // per sequence the number of its first run of rows
+    int64_t tasks;
+
+    Plan(const quire_attention &call, int threads) : first(size_t(call.sequences) + 1) {
+        const int64_t kv_heads = call.kv.kv_heads, group = call.heads / kv_heads;
+        rows = std::max<int64_t>(1, TASK_ROWS / group);
+        count(call);
+        // Few long runs: shorter ones, then fewer heads to each, until every thread has its share.
+        while (tasks * kv_heads < 3 * threads && rows * group > 4 * MOST_ROWS && rows > 1) rows = (rows + 1) / 2, count(call);
+        parts = 1;
+        while (tasks * kv_heads * parts < threads && parts * 2 <= group) parts *= 2;
+        tasks *= kv_heads * parts;
+    }
+
+    void count(const quire_attention &call) {
+        tasks = 0;
+        for (int64_t s = 0; s < call.sequences; s++) {
+            first[size_t(s)] = tasks;
+            tasks += (call.starts[s + 1] - call.starts[s] + rows - 1) / rows;
+        }
+        first[size_t(call.sequences)] = tasks;
+    }
+};
+
+struct Task {
+    const quire_attention &call;
+    int64_t sequence, kv_head, head, heads;  // heads [head, head + heads) of the call, all of kv_head
+    int64_t row, rows;                       // query rows of the call
+    int64_t position;                        // of the first row, in the sequence
+
+    Task(const quire_attention &call, const Plan &plan, int64_t number) : call(call) {
+        const int64_t kv_heads = call.kv.kv_heads, group = call.heads / kv_heads;
+        const int64_t part = number % plan.parts;
+        kv_head = number / plan.parts % kv_heads;
+        // The last runs of rows first: they see most keys, and so the threads end together.
+        const int64_t run = plan.tasks / (plan.parts * kv_heads) - 1 - number / (plan.parts * kv_heads);
+        sequence = std::upper_bound(plan.first.begin(), plan.first.end(), run) - plan.first.begin() - 1;
+        head = kv_head * group + group * part / plan.parts;
+        heads = kv_head * group + group * (part + 1) / plan.parts - head;
+        const int64_t begin = call.starts[sequence], end = call.starts[sequence + 1];
+        row = begin + (run - plan.first[size_t(sequence)]) * plan.rows;
+        rows = std::min(plan.rows, end - row);
+        position = call.lengths[sequence] - (end - row);
+    }
+
+    // Where keys and values [begin, end) of a span lie, at their places in [0, 128).
+    void locate(int64_t span, int begin, int end, const uint8_t **keys, const uint8_t **values) const {
+        const quire_kv &kv = call.kv;
+        const int64_t each = bytes_of_type(kv.type);
+        const uint8_t *k = bytes(kv.keys) + kv_head * kv.k_head * each, *v = bytes(kv.values) + kv_head * kv.v_head * each;
+        const int64_t *table = call.tables ? call.tables + sequence * call.table_stride : nullptr;
+        for (int i = begin; i < end;) {
+            const int64_t place = span * SPAN + i;
+            int64_t slot = call.starts[sequence] + place, count = end - i;
+            if (table) {
+                const int64_t offset = place % call.block_size;
+                slot = table[place / call.block_size] * call.block_size + offset;
+                count = std::min(count, call.block_size - offset);
+            }
+            for (; count > 0; count--, i++, slot++) {
+                keys[i] = k + slot * kv.k_token * each;
+                values[i] = v + slot * kv.v_token * each;
+            }
+        }
+    }
+};
+
+// A task's memory: one block of the thread's scratch, cut up.
+struct Room {
+    float *q, *keys, *values, *weights, *out, *best, *total, *line;
+
+    Room(int64_t rows, int64_t size, int64_t padded) {
+        int64_t used = 0;
+        auto take = [&](int64_t count) { return (used += up(count, 16)) - up(count, 16); };
+        const int64_t places[] = {take(rows * size),      take(SPAN * size),   take(SPAN * padded), take(MOST_ROWS * SPAN),
+                                  take(rows * padded),    take(rows),          take(rows),          take(padded)};
+        auto all = static_cast<float *>(quire::scratch(0, used * 4));
+        float **members[] = {&q, &keys, &values, &weights, &out, &best, &total, &line};
+        for (int i = 0; i < 8; i++) *members[i] = all + places[i];
+    }
+};
+
+// Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys.
+template <int type, int cache> void attend(const Task &task) {
+    const quire_attention &call = task.call;
+    const int64_t size = call.kv.size, padded = up(size, 16), rows = task.rows * task.heads;
+    const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    auto start = [&](int64_t t) { return rows * t / tiles; };
+    auto place_of = [&](int64_t m) { return task.position + m / task.heads; };
+    auto lowest_seen = [&](int64_t place) { return call.window ? std::max<int64_t>(0, place - call.window + 1) : 0; };
+    const Room room(rows, size, padded);
+    const float *scales = call.kv.scales;
+
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t count = start(t + 1) - start(t);
+        float *to = room.q + start(t) * size;
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t m = start(t) + r;
+            const uint8_t *from = bytes(call.q.data) + ((task.row + m / task.heads) * call.q.token +
+                                                        (task.head + m % task.heads) * call.q.head) * Element<type>::BYTES;
+            for (int64_t i = 0; i < size; i += LANES) {
+                Floats value = read<type>(from, i, size) * call.scale;
+                store(room.line + i, scales ? value * scales[task.kv_head] : value);
+            }
+            for (int64_t i = 0; i < size; i++) to[i * count + r] = room.line[i];
+        }
+    }
+    std::fill(room.out, room.out + rows * padded, 0.0f);
+    std::fill(room.best, room.best + rows, -INFINITY);
+    std::fill(room.total, room.total + rows, 0.0f);
+
+    const int64_t last_place = place_of(rows - 1);
+    const uint8_t *keys[SPAN], *values[SPAN];
+    float fade[MOST_ROWS];
+    for (int64_t span = lowest_seen(task.position) / SPAN; span * SPAN <= last_place; span++) {
+        const int64_t origin = span * SPAN;
+        auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - origin, 0, SPAN)); };
+        const int low = within(lowest_seen(task.position)), high = within(last_place + 1);
+        task.locate(span, low, high, keys, values);
+        decode_keys<cache>(keys, low, high, size, room.keys);
+        decode_values<cache>(values, low, high, size, room.values);
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t m = start(t), count = start(t + 1) - m;
+            const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
+            if (begin >= end) continue;
+            const Products products = products_for(int(count));
+            const int panel = begin / PANEL, last = (end + PANEL - 1) / PANEL;
+            products.score(size, room.q + m * size, room.keys, panel, last, room.weights);
+            for (int64_t r = 0; r < count; r++) {
+                const int64_t place = place_of(m + r);
+                fade[r] = weigh(room.weights + r * SPAN, panel * PANEL, last * PANEL, within(lowest_seen(place)),
+                                within(place + 1), call.softcap, room.best + m + r, room.total + m + r);
+            }
+            products.mix(size, begin, end, room.weights, room.values, fade, padded, room.out + m * padded);
+        }
+    }
+
+    for (int64_t m = 0; m < rows; m++) {
+        const Floats divisor = all(std::max(room.total[m], FLT_MIN));
+        uint8_t *to = static_cast<uint8_t *>(call.out) +
+                      ((task.row + m / task.heads) * call.heads + task.head + m % task.heads) * size * Element<type>::BYTES;
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats value = load<Floats>(room.out + m * padded + i) / divisor;
+            write<type>(to, i, size, scales ? value * scales[call.kv.kv_heads + task.kv_head] : value);
+        }
+    }
+}
+
+bool sound(const quire_attention &call) {
+    const quire_kv &kv = call.kv;
+    if (kv.kv_heads < 1 || call.heads % kv.kv_heads || kv.size < 1 || call.window < 0) return false;
+    for (int64_t s = 0; s < call.sequences; s++) {
+        const int64_t rows = call.starts[s + 1] - call.starts[s], length = call.lengths[s];
+        if (rows < 0 || length < rows) return false;
+        if (!call.tables) {
+            if (length != rows || call.starts[s + 1] > kv.slots) return false;
+            continue;
+        }
+        const int64_t blocks = (length + call.block_size - 1) / call.block_size;
+        if (blocks > call.table_stride) return false;
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t block = call.tables[s * call.table_stride + b];
+            if (block < 0 || (block + 1) * call.block_size > kv.slots) return false;
+        }
+    }
+    return true;
+}
+
+int attend_all(const quire_attention *call) {
+    if (!sound(*call)) return -1;
+    const Plan plan(*call, quire::threads());
+    int known = 0;
+    const int cached = with_cache_type(call->kv.type, [&](auto c) {
+        known = with_type(call->type, [&](auto t) {
+            quire::parallel(plan.tasks, [&](int64_t number) {
+                attend<decltype(t)::value, decltype(c)::value>(Task(*call, plan, number));
+            });
+        });
+    });
+    return cached | known;
+}
+
+}  // namespace
+
+void add_attention(quire::Kernels &kernels) { kernels.attend = attend_all; }
+
+}  // namespace QUIRE_ISA

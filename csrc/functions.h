@@ -1,0 +1,194 @@
+// Elementary functions on vectors, and vectors of each element type in memory.
+//
+// A tail goes through the same vector code as the body, filled up with zeros: what becomes of an element never depends on
+// its place in the tensor. Coefficients are least-maximum-error fits; the stated errors are the largest found over every
+// float32 of the range (in units in the last place, against float64).
+#pragma once
+
+#include "quire.h"
+#include "vector.h"
+
+#include <algorithm>
+
+namespace QUIRE_ISA {
+
+// ---- exp, tanh, erf ------------------------------------------------------------------------------------------------
+
+// Error below 1.0 ulp. Below -87.3 (the smallest normal result) exactly 0; exp(0) is exactly 1.
+INLINE Floats exp(Floats x) {
+    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+    Floats shifted = fma(x, all(1.44269504f), shift), n = shifted - shift;
+    Floats r = fma(n, all(-0.693359375f), x);
+    r = fma(n, all(2.12194440e-4f), r);
+    Floats p = fma(all(0.0013814465f), r, all(0.008368781f));
+    p = fma(p, r, all(0.041668393f));
+    p = fma(p, r, all(0.1666652f));
+    p = fma(p, r, all(0.49999994f));
+    p = fma(p, r * r, r) + 1.0f;
+    Floats out = bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
+    out = x < -87.3f ? Floats{} : out;
+    return x <= 88.7228317f ? out : x + INFINITY;  // NaN stays NaN
+}
+
+// Error below 1.5 ulp.
+INLINE Floats tanh(Floats x) {
+    Floats size = bits<Floats>(bits<Words>(x) & 0x7fffffffu), z = x * x;
+    Floats p = fma(all(-0.0057049785f), z, all(0.020639079f));
+    p = fma(p, z, all(-0.05373971f));
+    p = fma(p, z, all(0.13331442f));
+    p = fma(p, z, all(-0.3333328f));
+    Floats small = fma(p * z, x, x);
+    Floats large = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+    large = bits<Floats>(bits<Words>(large) | (bits<Words>(x) & 0x80000000u));
+    return size < 0.625f ? small : large;
+}
+
+// Error below 1.5 ulp. Past 0.92 it is 1 - exp(a polynomial for log(1 - erf)).
+INLINE Floats erf(Floats x) {
+    Floats size = bits<Floats>(bits<Words>(x) & 0x7fffffffu), z = x * x;
+    Floats p = fma(all(-0.0005953739f), z, all(0.00498594f));
+    p = fma(p, z, all(-0.02676172f));
+    p = fma(p, z, all(0.112816826f));
+    p = fma(p, z, all(-0.3761248f));
+    p = fma(p, z, all(0.12837915f));
+    Floats small = fma(p, x, x);
+    Floats t = size > 3.93f ? all(3.93f) : size;  // from here on erf rounds to 1
+    Floats q = fma(all(0.00019593822f), t, all(-0.0030432264f));
+    q = fma(q, t, all(0.022226954f));
+    q = fma(q, t, all(-0.10393166f));
+    q = fma(q, t, all(-0.6371822f));
+    q = fma(q, t, all(-1.1276757f));
+    q = fma(q, t, all(-0.00019566691f));
+    Floats large = 1.0f - exp(q);
+    large = bits<Floats>(bits<Words>(large) | (bits<Words>(x) & 0x80000000u));
+    Floats out = size < 0.92f ? small : large;
+    return x == x ? out : x;
+}
+
+// ---- sums in one order on every instruction set ----------------------------------------------------------------------
+
+// Sixteen chains, one per place modulo 16, whatever LANES is.
+struct Sixteen {
+    static constexpr int COUNT = 16 / LANES;
+    Floats part[COUNT];
+};
+
+INLINE float sum(const Sixteen &s) {
+    alignas(64) float place[16];
+    for (int i = 0; i < Sixteen::COUNT; i++) store(place + i * LANES, s.part[i]);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) place[i] += place[i + width];
+    return place[0];
+}
+
+INLINE float largest(Floats v) {
+    float out = v[0];
+    for (int i = 1; i < LANES; i++) out = out > v[i] ? out : v[i];
+    return out;
+}
+
+// ---- vectors in memory -----------------------------------------------------------------------------------------------
+
+template <class V> INLINE V load_some(const void *p, int64_t bytes) {
+    V v{};
+    std::memcpy(&v, p, size_t(bytes));
+    return v;
+}
+
+// Nearest, ties to even, for |x| < 2^22.
+INLINE Floats rounded(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// One element type: how a vector of it is read and written, and how element j of 32-bit words becomes floats.
+template <int type> struct Element;
+
+template <> struct Element<QUIRE_F32> {
+    static constexpr int BYTES = 4;
+    using Stored = Floats;
+    static INLINE Floats widen(Stored v) { return v; }
+    static INLINE Stored narrow(Floats v) { return v; }
+    static INLINE Floats of_words(Words w, int) { return bits<Floats>(w); }
+};
+template <> struct Element<QUIRE_BF16> {
+    static constexpr int BYTES = 2;
+    using Stored = Halves;
+    static INLINE Floats widen(Stored v) { return floats_of_bf16(v); }
+    static INLINE Stored narrow(Floats v) { return bf16_of_floats(v); }
+    static INLINE Floats of_words(Words w, int j) { return bits<Floats>(j ? w & 0xffff0000u : w << 16); }
+};
+template <> struct Element<QUIRE_F16> {
+    static constexpr int BYTES = 2;
+    using Stored = Halves;
+    static INLINE Floats widen(Stored v) { return floats_of_f16(v); }
+    static INLINE Stored narrow(Floats v) { return f16_of_floats(v); }
+    static INLINE Floats of_words(Words w, int j) {
+        return floats_of_f16(__builtin_convertvector(j ? w >> 16 : w & 0xffffu, Halves));
+    }
+};
+// Narrowing to eight bits: the nearest, ties to even; what is too large becomes the largest finite value.
+template <> struct Element<QUIRE_E4M3> {
+    static constexpr int BYTES = 1;
+    using Stored = Bytes;
+    static INLINE Floats widen(Stored v) { return floats_of_e4m3(v); }
+    static INLINE Stored narrow(Floats v) { return e4m3_of_floats(v); }
+    static INLINE Floats of_words(Words w, int j) { return floats_of_e4m3_words(w >> (8 * j) & 0xffu); }
+};
+template <> struct Element<QUIRE_E5M2> {
+    static constexpr int BYTES = 1;
+    using Stored = Bytes;
+    static INLINE Floats widen(Stored v) { return floats_of_e5m2(v); }
+    static INLINE Stored narrow(Floats v) { return e5m2_of_floats(v); }
+    static INLINE Floats of_words(Words w, int j) {
+        return floats_of_f16(__builtin_convertvector((w >> (8 * j) & 0xffu) << 8, Halves));
+    }
+};
+template <> struct Element<QUIRE_I8> {
+    static constexpr int BYTES = 1;
+    using Stored = Bytes;
+    static INLINE Floats widen(Stored v) { return of_words(__builtin_convertvector(v, Words), 0); }
+    static INLINE Stored narrow(Floats v) {
+        v = v > 127.0f ? all(127.0f) : v;
+        v = v < -127.0f ? all(-127.0f) : v;
+        return __builtin_convertvector(bits<Words>(v + 12582912.0f) & 0xffu, Bytes);
+    }
+    static INLINE Floats of_words(Words w, int j) {
+        return __builtin_convertvector(bits<Ints>(w << (24 - 8 * j)) >> 24, Floats);
+    }
+};
+
+// Elements [i, i + LANES) of a row of `count`; past its end zeros are read and nothing is written.
+template <int type> INLINE Floats read(const uint8_t *row, int64_t i, int64_t count) {
+    using E = Element<type>;
+    if (i + LANES <= count) return E::widen(load<typename E::Stored>(row + i * E::BYTES));
+    return E::widen(load_some<typename E::Stored>(row + i * E::BYTES, (count - i) * E::BYTES));
+}
+template <int type> INLINE void write(uint8_t *row, int64_t i, int64_t count, Floats v) {
+    using E = Element<type>;
+    typename E::Stored stored = E::narrow(v);
+    std::memcpy(row + i * E::BYTES, &stored, size_t(std::min<int64_t>(LANES, count - i) * E::BYTES));
+}
+
+inline int bytes_of_type(int type) { return type == QUIRE_F32 ? 4 : type == QUIRE_BF16 || type == QUIRE_F16 ? 2 : 1; }
+
+template <int type> struct Type { static constexpr int value = type; };
+
+// Calls body(Type<type>) for the types that models compute in; -1 for others.
+template <class Body> int with_type(int type, const Body &body) {
+    switch (type) {
+    case QUIRE_F32: return body(Type<QUIRE_F32>()), 0;
+    case QUIRE_BF16: return body(Type<QUIRE_BF16>()), 0;
+    case QUIRE_F16: return body(Type<QUIRE_F16>()), 0;
+    }
+    return -1;
+}
+
+// The same for the types that a cache may have.
+template <class Body> int with_cache_type(int type, const Body &body) {
+    switch (type) {
+    case QUIRE_E4M3: return body(Type<QUIRE_E4M3>()), 0;
+    case QUIRE_E5M2: return body(Type<QUIRE_E5M2>()), 0;
+    case QUIRE_I8: return body(Type<QUIRE_I8>()), 0;
+    }
+    return with_type(type, body);
+}
+
+}  // namespace QUIRE_ISA

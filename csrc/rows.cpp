@@ -1,0 +1,281 @@
+// What acts on each row by itself: norms, rotation, activations, table look-up. float32 inside; results are rounded to the
+// rows' type at the places where the reference (quire/ops/reference/rows.py) rounds them.
+#include "functions.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int64_t WORTH_A_TASK = 16384;  // elements: less is done sooner than another thread wakes
+
+// body(first, last) over runs of rows of `work` elements each.
+template <class Body> void over_rows(int64_t rows, int64_t work, const Body &body) {
+    const int64_t enough = rows * std::max<int64_t>(work, 1) / WORTH_A_TASK;
+    const int64_t tasks = std::max<int64_t>(1, std::min({rows, enough, int64_t(4 * quire::threads())}));
+    quire::parallel(tasks, [&](int64_t t) { body(rows * t / tasks, rows * (t + 1) / tasks); });
+}
+
+const uint8_t *bytes(const void *p) { return static_cast<const uint8_t *>(p); }
+uint8_t *bytes(void *p) { return static_cast<uint8_t *>(p); }
+
+// ---- norms -----------------------------------------------------------------------------------------------------------
+
+// sum of f(x[i]), in 64 chains by the place modulo 64.
+template <class F> INLINE float sum_of(const float *x, int64_t count, const F &chain) {
+    constexpr int PARTS = 64 / LANES, STEP = Sixteen::COUNT;
+    Floats sums[PARTS];
+    for (int v = 0; v < PARTS; v++) sums[v] = Floats{};
+    for (int64_t i = 0; i < count; i += 64)  // x is filled up to a multiple of 64 with what adds nothing
+        for (int v = 0; v < PARTS; v++) sums[v] = chain(sums[v], load<Floats>(x + i + v * LANES));
+    Sixteen s;
+    for (int v = 0; v < STEP; v++)
+        s.part[v] = (sums[v] + sums[v + STEP]) + (sums[v + 2 * STEP] + sums[v + 3 * STEP]);
+    return sum(s);
+}
+
+// A row as floats, filled up with zeros.
+template <int type> INLINE void widen_row(const uint8_t *row, int64_t count, float *out) {
+    int64_t i = 0;
+    for (; i < count; i += LANES) store(out + i, read<type>(row, i, count));
+    for (; i % 64; i += LANES) store(out + i, Floats{});
+}
+
+template <int type, int weights>
+INLINE void normalize(const float *line, int64_t size, const uint8_t *weight, float eps, float offset, uint8_t *out) {
+    const float squares = sum_of(line, size, [](Floats s, Floats x) { return fma(x, x, s); });
+    const Floats factor = all(1.0f / std::sqrt(squares / float(size) + eps)), shift = all(offset);
+    for (int64_t i = 0; i < size; i += LANES) {
+        Floats scaled = load<Floats>(line + i) * factor;
+        write<type>(out, i, size, scaled * (read<weights>(weight, i, size) + shift));
+    }
+}
+
+int rms_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
+             float eps, float offset, void *out) {
+    return with_type(type, [&](auto t) {
+        with_type(weight_type, [&](auto w) {
+            constexpr int T = decltype(t)::value, W = decltype(w)::value, B = Element<T>::BYTES;
+            over_rows(rows, size, [&](int64_t first, int64_t last) {
+                auto line = static_cast<float *>(quire::scratch(0, (size + 64) * 4));
+                for (int64_t r = first; r < last; r++) {
+                    widen_row<T>(bytes(x) + r * stride * B, size, line);
+                    normalize<T, W>(line, size, bytes(weight), eps, offset, bytes(out) + r * size * B);
+                }
+            });
+        });
+    });
+}
+
+int add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x, const void *weight,
+                 float eps, float offset, void *out) {
+    return with_type(type, [&](auto t) {
+        with_type(weight_type, [&](auto w) {
+            constexpr int T = decltype(t)::value, W = decltype(w)::value, B = Element<T>::BYTES;
+            over_rows(rows, size, [&](int64_t first, int64_t last) {
+                auto line = static_cast<float *>(quire::scratch(0, (size + 64) * 4));
+                for (int64_t r = first; r < last; r++) {
+                    uint8_t *sums = bytes(residual) + r * size * B;
+                    const uint8_t *added = bytes(x) + r * size * B;
+                    for (int64_t i = 0; i < size; i += LANES)
+                        write<T>(sums, i, size, read<T>(sums, i, size) + read<T>(added, i, size));
+                    widen_row<T>(sums, size, line);
+                    normalize<T, W>(line, size, bytes(weight), eps, offset, bytes(out) + r * size * B);
+                }
+            });
+        });
+    });
+}
+
+int layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
+               const void *bias, float eps, void *out) {
+    return with_type(type, [&](auto t) {
+        with_type(weight_type, [&](auto w) {
+            constexpr int T = decltype(t)::value, W = decltype(w)::value, B = Element<T>::BYTES;
+            over_rows(rows, size, [&](int64_t first, int64_t last) {
+                auto line = static_cast<float *>(quire::scratch(0, (size + 64) * 4));
+                for (int64_t r = first; r < last; r++) {
+                    widen_row<T>(bytes(x) + r * stride * B, size, line);
+                    const float mean = sum_of(line, size, [](Floats s, Floats x) { return s + x; }) / float(size);
+                    for (int64_t i = 0; i < size; i += LANES) store(line + i, load<Floats>(line + i) - all(mean));
+                    for (int64_t i = size; i % LANES; i++) line[i] = 0;
+                    const float squares = sum_of(line, size, [](Floats s, Floats x) { return fma(x, x, s); });
+                    const Floats factor = all(1.0f / std::sqrt(squares / float(size) + eps));
+                    for (int64_t i = 0; i < size; i += LANES) {
+                        Floats value = load<Floats>(line + i) * factor;
+                        if (weight) value = value * read<W>(bytes(weight), i, size);
+                        if (bias) value = value + read<W>(bytes(bias), i, size);
+                        write<T>(bytes(out) + r * size * B, i, size, value);
+                    }
+                }
+            });
+        });
+    });
+}
+
+// ---- rotation --------------------------------------------------------------------------------------------------------
+
+// One head: x [size] turned by cos, sin [half] into out; may be the same place.
+template <int type>
+INLINE void turn(const uint8_t *x, int64_t size, int64_t half, const uint8_t *cos, const uint8_t *sin, uint8_t *out) {
+    constexpr int B = Element<type>::BYTES;
+    for (int64_t i = 0; i < half; i += LANES) {
+        Floats first = read<type>(x, i, half), second = read<type>(x + half * B, i, half);
+        Floats c = read<QUIRE_F32>(cos, i, half), s = read<QUIRE_F32>(sin, i, half);
+        write<type>(out, i, half, first * c - second * s);
+        write<type>(out + half * B, i, half, second * c + first * s);
+    }
+    if (x != out) std::memcpy(out + 2 * half * B, x + 2 * half * B, size_t(size - 2 * half) * B);
+}
+
+int rope(int type, int64_t tokens, int64_t heads, int64_t size, int64_t half, const void *x, int64_t token_stride,
+         int64_t head_stride, const float *cos, const float *sin, void *out) {
+    if (2 * half > size) return -1;
+    return with_type(type, [&](auto t) {
+        constexpr int T = decltype(t)::value, B = Element<T>::BYTES;
+        over_rows(tokens, heads * size, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; r++)
+                for (int64_t h = 0; h < heads; h++)
+                    turn<T>(bytes(x) + (r * token_stride + h * head_stride) * B, size, half, bytes(cos + r * half),
+                            bytes(sin + r * half), bytes(out) + (r * heads + h) * size * B);
+        });
+    });
+}
+
+// ---- the cache -------------------------------------------------------------------------------------------------------
+
+// One head's row into the cache: divided by the head's scale where there is one, then rounded to the cache's type.
+template <int type, int cache> INLINE void keep(const uint8_t *x, int64_t size, const float *scale, uint8_t *out) {
+    if (type == cache && !scale) return void(std::memcpy(out, x, size_t(size) * Element<type>::BYTES));
+    const Floats divisor = all(scale ? *scale : 1.0f);
+    for (int64_t i = 0; i < size; i += LANES) write<cache>(out, i, size, read<type>(x, i, size) / divisor);
+}
+
+bool slots_exist(const quire_kv &kv, int64_t tokens, const int64_t *slots) {
+    for (int64_t r = 0; r < tokens; r++)
+        if (slots[r] < 0 || slots[r] >= kv.slots) return false;
+    return true;
+}
+
+template <int type, int cache>
+INLINE void keep_heads(const quire_kv &kv, int64_t slot, const uint8_t *x, int64_t head_stride, bool key) {
+    const int64_t place = slot * (key ? kv.k_token : kv.v_token), stride = key ? kv.k_head : kv.v_head;
+    uint8_t *to = bytes(key ? kv.keys : kv.values);
+    for (int64_t h = 0; h < kv.kv_heads; h++)
+        keep<type, cache>(x + h * head_stride * Element<type>::BYTES, kv.size,
+                          kv.scales ? kv.scales + (key ? 0 : kv.kv_heads) + h : nullptr,
+                          to + (place + h * stride) * Element<cache>::BYTES);
+}
+
+int write_kv(const quire_kv *kv, int type, int64_t tokens, const quire_heads *k, const quire_heads *v,
+             const int64_t *slots) {
+    if (!slots_exist(*kv, tokens, slots)) return -1;
+    int known = 0;
+    const int cached = with_cache_type(kv->type, [&](auto c) {
+        known = with_type(type, [&](auto t) {
+            constexpr int T = decltype(t)::value, C = decltype(c)::value, B = Element<T>::BYTES;
+            over_rows(tokens, 2 * kv->kv_heads * kv->size, [&](int64_t first, int64_t last) {
+                for (int64_t r = first; r < last; r++) {
+                    keep_heads<T, C>(*kv, slots[r], bytes(k->data) + r * k->token * B, k->head, true);
+                    keep_heads<T, C>(*kv, slots[r], bytes(v->data) + r * v->token * B, v->head, false);
+                }
+            });
+        });
+    });
+    return cached | known;
+}
+
+int rope_and_write(const quire_kv *kv, int type, int64_t tokens, int64_t heads, int64_t half, const quire_heads *q,
+                   const quire_heads *k, const quire_heads *v, const float *cos, const float *sin, const int64_t *slots) {
+    const int64_t size = kv->size;
+    if (2 * half > size || !slots_exist(*kv, tokens, slots)) return -1;
+    int known = 0;
+    const int cached = with_cache_type(kv->type, [&](auto c) {
+        known = with_type(type, [&](auto t) {
+            constexpr int T = decltype(t)::value, C = decltype(c)::value, B = Element<T>::BYTES;
+            over_rows(tokens, (heads + 2 * kv->kv_heads) * size, [&](int64_t first, int64_t last) {
+                auto turned = static_cast<uint8_t *>(quire::scratch(0, kv->kv_heads * size * B));
+                for (int64_t r = first; r < last; r++) {
+                    const uint8_t *c = bytes(cos + r * half), *s = bytes(sin + r * half);
+                    for (int64_t h = 0; h < heads; h++) {
+                        uint8_t *x = bytes(q->data) + (r * q->token + h * q->head) * B;
+                        turn<T>(x, size, half, c, s, x);
+                    }
+                    for (int64_t h = 0; h < kv->kv_heads; h++)
+                        turn<T>(bytes(k->data) + (r * k->token + h * k->head) * B, size, half, c, s, turned + h * size * B);
+                    keep_heads<T, C>(*kv, slots[r], turned, size, true);
+                    keep_heads<T, C>(*kv, slots[r], bytes(v->data) + r * v->token * B, v->head, false);
+                }
+            });
+        });
+    });
+    return cached | known;
+}
+
+// ---- activations -----------------------------------------------------------------------------------------------------
+
+template <int kind> INLINE Floats activate(Floats x) {
+    if (kind == QUIRE_SILU) return x / (1.0f + exp(-x));
+    if (kind == QUIRE_GELU) return 0.5f * x * (1.0f + erf(x * 0.70710678f));
+    if (kind == QUIRE_GELU_TANH) return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    return x < 0.0f ? Floats{} : x;
+}
+
+template <int type, int kind>
+void activate_rows(int64_t rows, int64_t size, const void *x, int64_t stride, const void *up, int64_t up_stride, void *out) {
+    constexpr int B = Element<type>::BYTES;
+    over_rows(rows, 4 * size, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+            const uint8_t *row = bytes(x) + r * stride * B, *factor = bytes(up) + r * up_stride * B;
+            for (int64_t i = 0; i < size; i += LANES) {
+                Floats value = activate<kind>(read<type>(row, i, size));
+                if (up) value = value * read<type>(factor, i, size);
+                write<type>(bytes(out) + r * size * B, i, size, value);
+            }
+        }
+    });
+}
+
+int activation(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
+               int64_t up_stride, void *out) {
+    int known = 0;
+    const int typed = with_type(type, [&](auto t) {
+        constexpr int T = decltype(t)::value;
+        switch (kind) {
+        case QUIRE_SILU: return activate_rows<T, QUIRE_SILU>(rows, size, x, stride, up, up_stride, out);
+        case QUIRE_GELU: return activate_rows<T, QUIRE_GELU>(rows, size, x, stride, up, up_stride, out);
+        case QUIRE_GELU_TANH: return activate_rows<T, QUIRE_GELU_TANH>(rows, size, x, stride, up, up_stride, out);
+        case QUIRE_RELU: return activate_rows<T, QUIRE_RELU>(rows, size, x, stride, up, up_stride, out);
+        }
+        known = -1;
+    });
+    return typed | known;
+}
+
+// ---- table look-up ---------------------------------------------------------------------------------------------------
+
+int gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
+                int64_t stride_bytes, void *out) {
+    for (int64_t r = 0; r < rows; r++)
+        if (ids[r] < 0 || ids[r] >= table_rows) return -1;
+    over_rows(rows, row_bytes / 4, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++)
+            std::memcpy(bytes(out) + r * row_bytes, bytes(table) + ids[r] * stride_bytes, size_t(row_bytes));
+    });
+    return 0;
+}
+
+}  // namespace
+
+void add_rows(quire::Kernels &kernels) {
+    kernels.rms_norm = rms_norm;
+    kernels.add_rms_norm = add_rms_norm;
+    kernels.layer_norm = layer_norm;
+    kernels.rope = rope;
+    kernels.write_kv = write_kv;
+    kernels.rope_and_write = rope_and_write;
+    kernels.activation = activation;
+    kernels.gather_rows = gather_rows;
+}
+
+}  // namespace QUIRE_ISA
