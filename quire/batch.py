@@ -17,10 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVCache:
-    """Paged keys and values of every layer: `keys[l]` and `values[l]` are [N, B, K, D]. Block 0 is never read."""
+    """Paged keys and values of every layer: `keys[l]` and `values[l]` are [N, B, K, D]. Block 0 is never read.
+
+    scales: where the cache holds one byte per number, what a stored 1 stands for: [2, K] float32 (keys, values) of each layer.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    scales: list[Tensor] | None = None
 
     @property
     def block_size(self) -> int:

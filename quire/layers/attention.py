@@ -25,7 +25,8 @@ def attend(
     if batch.kv is None:
         return ops.packed_attention(q, k, v, batch.starts, scale=scale, window=window, softcap=softcap)
     keys, values = batch.kv.keys[layer], batch.kv.values[layer]
-    ops.write_kv(keys, values, k, v, batch.slots)
+    scales = None if batch.kv.scales is None else batch.kv.scales[layer]
+    ops.write_kv(keys, values, k, v, batch.slots, scales)
     return ops.paged_attention(
         q,
         keys,
@@ -36,6 +37,7 @@ def attend(
         scale=scale,
         window=window,
         softcap=softcap,
+        scales=scales,
     )
 
 
