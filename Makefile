@@ -6,7 +6,7 @@ ARGS ?=
 
 .PHONY: serve test check format bench clean
 
-$(VENV)/.serve: pyproject.toml constraints.txt
+$(VENV)/.serve: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e .
 	touch $@
@@ -27,8 +27,8 @@ check: $(VENV)/.test  ## what CI checks before the tests
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix --quiet .
 
-bench: $(VENV)/.test  ## the benchmarks, results under benchmarks/results
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.test  ## Quire beside the engines of ARGS="--peers DIR", results under benchmarks/results
+	$(BIN)/python -m benchmarks.engines $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

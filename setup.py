@@ -21,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path(__file__).parent / "csrc"
 KERNELS = ("linear", "rows", "attention")
 PLAIN = ("dispatch", "pool")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized")
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
+WARNINGS = "-Wall -Wno-psabi -Wno-maybe-uninitialized".split()  # the last: GCC 12 about its own headers
 X86 = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -48,7 +49,7 @@ class BuildNative(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        flags = [*FLAGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
+        flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
         jobs = [(name, objects / f"{name}.o", []) for name in PLAIN]
         for isa, switches in instruction_sets().items():
             jobs += [
@@ -63,8 +64,7 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 list(threads.map(compile_one, jobs))
             made = [str(made) for _, made, _ in jobs]
-            shared = [flag for flag in flags if not flag.startswith("-W")]
-            subprocess.run([*compiler, *shared, "-shared", "-pthread", *made, "-o", f"{target}.new"], check=True)
+            subprocess.run([*compiler, *flags, "-shared", "-pthread", *made, "-o", f"{target}.new"], check=True)
             os.replace(f"{target}.new", target)
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"quire: the native kernels were not built: {error}", file=sys.stderr)
