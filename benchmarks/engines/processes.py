@@ -63,6 +63,16 @@ class Running:
             raise Failed(f"the process has ended: {self.last_words()}") from None
         return self.answer(deadline)
 
+    def whole_output(self, deadline: float) -> str:
+        """Everything that it prints until it ends well. Raises TooSlow and Failed."""
+        try:
+            output, _ = self.process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise TooSlow from None
+        if self.process.returncode:
+            raise Failed(f"the process has ended: {self.last_words()}")
+        return output.decode(errors="replace")
+
     def answer(self, deadline: float) -> dict[str, Any]:
         """The next line of JSON."""
         assert self.process.stdout is not None
@@ -96,13 +106,13 @@ class Running:
             return " | ".join(lines[-3:])[:400]
         return "no log"
 
-    def close(self) -> None:
-        """End it and everything below it: first by closing its input and asking, then by force."""
+    def close(self, grace: float = GRACE_SECONDS) -> None:
+        """End it and everything below it: by closing its input, where it has `grace` seconds, by asking, then by force."""
         self._family |= descendants(self.process.pid)
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()
-            self._wait(GRACE_SECONDS)
+            self._wait(grace)
         for number in (signal.SIGTERM, signal.SIGKILL):
             left = {pid for pid in self._family if _alive(pid)}
             with suppress(OSError):
@@ -127,8 +137,9 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_rest: object) -> None:
+        # What was interrupted is in the middle of something and would not look at its input.
+        self.close(GRACE_SECONDS if error is None else 0.0)
 
 
 def descendants(pid: int) -> set[int]:
