@@ -329,8 +329,32 @@ struct Room {
     }
 };
 
+// What depends on the types of a call.
+struct Formats {
+    void (*read_query)(const uint8_t *, int64_t, float, const float *, float *) = nullptr;
+    void (*write_output)(const float *, int64_t, float, const float *, uint8_t *) = nullptr;
+    void (*decode_keys)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+    void (*decode_values)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+};
+
+template <int type> void read_query(const uint8_t *x, int64_t size, float scale, const float *keys_scale, float *out) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        Floats value = read<type>(x, i, size) * scale;
+        store(out + i, keys_scale ? value * *keys_scale : value);
+    }
+}
+
+template <int type>
+void write_output(const float *sums, int64_t size, float total, const float *values_scale, uint8_t *out) {
+    const Floats divisor = all(std::max(total, FLT_MIN));
+    for (int64_t i = 0; i < size; i += LANES) {
+        Floats value = load<Floats>(sums + i) / divisor;
+        write<type>(out, i, size, values_scale ? value * *values_scale : value);
+    }
+}
+
 // Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys.
-template <int type, int cache> void attend(const Task &task) {
+void attend(const Task &task, const Formats &formats) {
     const quire_attention &call = task.call;
     const int64_t size = call.kv.size, padded = up(size, 16), rows = task.rows * task.heads;
     const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -339,18 +363,16 @@ template <int type, int cache> void attend(const Task &task) {
     auto lowest_seen = [&](int64_t place) { return call.window ? std::max<int64_t>(0, place - call.window + 1) : 0; };
     const Room room(rows, size, padded);
     const float *scales = call.kv.scales;
+    const int64_t each = bytes_of_type(call.type);
 
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t count = start(t + 1) - start(t);
         float *to = room.q + start(t) * size;
         for (int64_t r = 0; r < count; r++) {
             const int64_t m = start(t) + r;
-            const uint8_t *from = bytes(call.q.data) + ((task.row + m / task.heads) * call.q.token +
-                                                        (task.head + m % task.heads) * call.q.head) * Element<type>::BYTES;
-            for (int64_t i = 0; i < size; i += LANES) {
-                Floats value = read<type>(from, i, size) * call.scale;
-                store(room.line + i, scales ? value * scales[task.kv_head] : value);
-            }
+            const int64_t from = (task.row + m / task.heads) * call.q.token + (task.head + m % task.heads) * call.q.head;
+            formats.read_query(bytes(call.q.data) + from * each, size, call.scale, scales ? scales + task.kv_head : nullptr,
+                               room.line);
             for (int64_t i = 0; i < size; i++) to[i * count + r] = room.line[i];
         }
     }
@@ -366,8 +388,8 @@ template <int type, int cache> void attend(const Task &task) {
         auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - origin, 0, SPAN)); };
         const int low = within(lowest_seen(task.position)), high = within(last_place + 1);
         task.locate(span, low, high, keys, values);
-        decode_keys<cache>(keys, low, high, size, room.keys);
-        decode_values<cache>(values, low, high, size, room.values);
+        formats.decode_keys(keys, low, high, size, room.keys);
+        formats.decode_values(values, low, high, size, room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
             const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
@@ -385,13 +407,10 @@ template <int type, int cache> void attend(const Task &task) {
     }
 
     for (int64_t m = 0; m < rows; m++) {
-        const Floats divisor = all(std::max(room.total[m], FLT_MIN));
-        uint8_t *to = static_cast<uint8_t *>(call.out) +
-                      ((task.row + m / task.heads) * call.heads + task.head + m % task.heads) * size * Element<type>::BYTES;
-        for (int64_t i = 0; i < size; i += LANES) {
-            Floats value = load<Floats>(room.out + m * padded + i) / divisor;
-            write<type>(to, i, size, scales ? value * scales[call.kv.kv_heads + task.kv_head] : value);
-        }
+        const int64_t to = (task.row + m / task.heads) * call.heads + task.head + m % task.heads;
+        formats.write_output(room.out + m * padded, size, room.total[m],
+                             scales ? scales + call.kv.kv_heads + task.kv_head : nullptr,
+                             static_cast<uint8_t *>(call.out) + to * size * each);
     }
 }
 
@@ -417,16 +436,19 @@ bool sound(const quire_attention &call) {
 
 int attend_all(const quire_attention *call) {
     if (!sound(*call)) return -1;
-    const Plan plan(*call, quire::threads());
-    int known = 0;
-    const int cached = with_cache_type(call->kv.type, [&](auto c) {
-        known = with_type(call->type, [&](auto t) {
-            quire::parallel(plan.tasks, [&](int64_t number) {
-                attend<decltype(t)::value, decltype(c)::value>(Task(*call, plan, number));
-            });
-        });
+    Formats formats;
+    const int typed = with_type(call->type, [&](auto t) {
+        formats.read_query = read_query<decltype(t)::value>;
+        formats.write_output = write_output<decltype(t)::value>;
     });
-    return cached | known;
+    const int cached = with_cache_type(call->kv.type, [&](auto c) {
+        formats.decode_keys = decode_keys<decltype(c)::value>;
+        formats.decode_values = decode_values<decltype(c)::value>;
+    });
+    if (typed || cached) return -1;
+    const Plan plan(*call, quire::threads());
+    quire::parallel(plan.tasks, [&](int64_t number) { attend(Task(*call, plan, number), formats); });
+    return 0;
 }
 
 }  // namespace

@@ -86,9 +86,14 @@ int quire_pack(const quire_weight *weight, const void *source, int64_t source_st
     return kernels().pack(weight, source, source_stride);
 }
 
+int quire_linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
+                  const void *const *biases, void *const *ys, const int64_t *y_strides) {
+    return kernels().linears(count, weights, type, rows, x, x_stride, biases, ys, y_strides);
+}
+
 int quire_linear(const quire_weight *weight, int type, int64_t rows, const void *x, int64_t x_stride, const void *bias,
                  void *y, int64_t y_stride) {
-    return kernels().linear(weight, type, rows, x, x_stride, bias, y, y_stride);
+    return kernels().linears(1, &weight, type, rows, x, x_stride, &bias, &y, &y_stride);
 }
 
 int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out) {

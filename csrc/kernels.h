@@ -7,7 +7,8 @@ namespace quire {
 
 struct Kernels {
     int (*pack)(const quire_weight *, const void *, int64_t);
-    int (*linear)(const quire_weight *, int, int64_t, const void *, int64_t, const void *, void *, int64_t);
+    int (*linears)(int, const quire_weight *const *, int, int64_t, const void *, int64_t, const void *const *, void *const *,
+                   const int64_t *);
     int (*weight_rows)(const quire_weight *, int, int64_t, const int64_t *, void *);
     decltype(&quire_rms_norm) rms_norm;
     decltype(&quire_add_rms_norm) add_rms_norm;

@@ -60,6 +60,10 @@ int quire_pack(const quire_weight *weight, const void *source, int64_t source_st
 int quire_linear(const quire_weight *weight, int type, int64_t rows, const void *x, int64_t x_stride, const void *bias,
                  void *y, int64_t y_stride);
 
+/* The same x times several weights of one form, type, number of inputs and group size: x is prepared once. */
+int quire_linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
+                  const void *const *biases, void *const *ys, const int64_t *y_strides);
+
 /* out[r, :] = w[ids[r], :] as `type`. */
 int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_t *ids, void *out);
 

@@ -16,6 +16,8 @@ template <class Body> void over_rows(int64_t rows, int64_t work, const Body &bod
     quire::parallel(tasks, [&](int64_t t) { body(rows * t / tasks, rows * (t + 1) / tasks); });
 }
 
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
 const uint8_t *bytes(const void *p) { return static_cast<const uint8_t *>(p); }
 uint8_t *bytes(void *p) { return static_cast<uint8_t *>(p); }
 
@@ -144,72 +146,88 @@ int rope(int type, int64_t tokens, int64_t heads, int64_t size, int64_t half, co
 
 // ---- the cache -------------------------------------------------------------------------------------------------------
 
-// One head's row into the cache: divided by the head's scale where there is one, then rounded to the cache's type.
-template <int type, int cache> INLINE void keep(const uint8_t *x, int64_t size, const float *scale, uint8_t *out) {
-    if (type == cache && !scale) return void(std::memcpy(out, x, size_t(size) * Element<type>::BYTES));
-    const Floats divisor = all(scale ? *scale : 1.0f);
-    for (int64_t i = 0; i < size; i += LANES) write<cache>(out, i, size, read<type>(x, i, size) / divisor);
+using Widen = void (*)(const uint8_t *, int64_t, float *);
+using Keep = void (*)(const float *, int64_t, float, uint8_t *);
+
+template <int type> void widen_head(const uint8_t *x, int64_t size, float *out) {
+    for (int64_t i = 0; i < size; i += LANES) store(out + i, read<type>(x, i, size));
 }
 
-bool slots_exist(const quire_kv &kv, int64_t tokens, const int64_t *slots) {
-    for (int64_t r = 0; r < tokens; r++)
-        if (slots[r] < 0 || slots[r] >= kv.slots) return false;
-    return true;
+template <int cache> void keep_head(const float *x, int64_t size, float scale, uint8_t *out) {
+    const Floats divisor = all(scale);
+    for (int64_t i = 0; i < size; i += LANES) write<cache>(out, i, size, load<Floats>(x + i) / divisor);
 }
 
-template <int type, int cache>
-INLINE void keep_heads(const quire_kv &kv, int64_t slot, const uint8_t *x, int64_t head_stride, bool key) {
-    const int64_t place = slot * (key ? kv.k_token : kv.v_token), stride = key ? kv.k_head : kv.v_head;
-    uint8_t *to = bytes(key ? kv.keys : kv.values);
-    for (int64_t h = 0; h < kv.kv_heads; h++)
-        keep<type, cache>(x + h * head_stride * Element<type>::BYTES, kv.size,
-                          kv.scales ? kv.scales + (key ? 0 : kv.kv_heads) + h : nullptr,
-                          to + (place + h * stride) * Element<cache>::BYTES);
-}
+// How rows of heads go into a cache: as they are, or as floats, divided by the head's scale and rounded to the cache's type.
+struct Writer {
+    const quire_kv &kv;
+    int type, each, cache_each;
+    Widen widen = nullptr;
+    Keep keep = nullptr;
+
+    Writer(const quire_kv &kv, int type) : kv(kv), type(type), each(bytes_of_type(type)), cache_each(bytes_of_type(kv.type)) {
+        with_type(type, [&](auto t) { widen = widen_head<decltype(t)::value>; });
+        with_cache_type(kv.type, [&](auto c) { keep = keep_head<decltype(c)::value>; });
+    }
+
+    bool sound(int64_t tokens, const int64_t *slots) const {
+        for (int64_t r = 0; r < tokens; r++)
+            if (slots[r] < 0 || slots[r] >= kv.slots) return false;
+        return widen && keep;
+    }
+
+    void write(bool key, int64_t slot, const uint8_t *x, int64_t head_stride) const {
+        const int64_t place = slot * (key ? kv.k_token : kv.v_token), stride = key ? kv.k_head : kv.v_head;
+        uint8_t *to = bytes(key ? kv.keys : kv.values) + place * cache_each;
+        auto line = static_cast<float *>(quire::scratch(1, up(kv.size, LANES) * 4));
+        for (int64_t h = 0; h < kv.kv_heads; h++, x += head_stride * each, to += stride * cache_each) {
+            if (type == kv.type && !kv.scales) {
+                std::memcpy(to, x, size_t(kv.size * each));
+                continue;
+            }
+            widen(x, kv.size, line);
+            keep(line, kv.size, kv.scales ? kv.scales[(key ? 0 : kv.kv_heads) + h] : 1.0f, to);
+        }
+    }
+};
+
+const uint8_t *row_of(const quire_heads &x, int64_t row, int each) { return bytes(x.data) + row * x.token * each; }
 
 int write_kv(const quire_kv *kv, int type, int64_t tokens, const quire_heads *k, const quire_heads *v,
              const int64_t *slots) {
-    if (!slots_exist(*kv, tokens, slots)) return -1;
-    int known = 0;
-    const int cached = with_cache_type(kv->type, [&](auto c) {
-        known = with_type(type, [&](auto t) {
-            constexpr int T = decltype(t)::value, C = decltype(c)::value, B = Element<T>::BYTES;
-            over_rows(tokens, 2 * kv->kv_heads * kv->size, [&](int64_t first, int64_t last) {
-                for (int64_t r = first; r < last; r++) {
-                    keep_heads<T, C>(*kv, slots[r], bytes(k->data) + r * k->token * B, k->head, true);
-                    keep_heads<T, C>(*kv, slots[r], bytes(v->data) + r * v->token * B, v->head, false);
-                }
-            });
-        });
+    const Writer writer(*kv, type);
+    if (!writer.sound(tokens, slots)) return -1;
+    over_rows(tokens, 2 * kv->kv_heads * kv->size, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+            writer.write(true, slots[r], row_of(*k, r, writer.each), k->head);
+            writer.write(false, slots[r], row_of(*v, r, writer.each), v->head);
+        }
     });
-    return cached | known;
+    return 0;
 }
 
 int rope_and_write(const quire_kv *kv, int type, int64_t tokens, int64_t heads, int64_t half, const quire_heads *q,
                    const quire_heads *k, const quire_heads *v, const float *cos, const float *sin, const int64_t *slots) {
     const int64_t size = kv->size;
-    if (2 * half > size || !slots_exist(*kv, tokens, slots)) return -1;
-    int known = 0;
-    const int cached = with_cache_type(kv->type, [&](auto c) {
-        known = with_type(type, [&](auto t) {
-            constexpr int T = decltype(t)::value, C = decltype(c)::value, B = Element<T>::BYTES;
-            over_rows(tokens, (heads + 2 * kv->kv_heads) * size, [&](int64_t first, int64_t last) {
-                auto turned = static_cast<uint8_t *>(quire::scratch(0, kv->kv_heads * size * B));
-                for (int64_t r = first; r < last; r++) {
-                    const uint8_t *c = bytes(cos + r * half), *s = bytes(sin + r * half);
-                    for (int64_t h = 0; h < heads; h++) {
-                        uint8_t *x = bytes(q->data) + (r * q->token + h * q->head) * B;
-                        turn<T>(x, size, half, c, s, x);
-                    }
-                    for (int64_t h = 0; h < kv->kv_heads; h++)
-                        turn<T>(bytes(k->data) + (r * k->token + h * k->head) * B, size, half, c, s, turned + h * size * B);
-                    keep_heads<T, C>(*kv, slots[r], turned, size, true);
-                    keep_heads<T, C>(*kv, slots[r], bytes(v->data) + r * v->token * B, v->head, false);
+    const Writer writer(*kv, type);
+    if (2 * half > size || !writer.sound(tokens, slots)) return -1;
+    return with_type(type, [&](auto t) {
+        constexpr int T = decltype(t)::value, B = Element<T>::BYTES;
+        over_rows(tokens, (heads + 2 * kv->kv_heads) * size, [&](int64_t first, int64_t last) {
+            auto turned = static_cast<uint8_t *>(quire::scratch(0, kv->kv_heads * size * B));
+            for (int64_t r = first; r < last; r++) {
+                const uint8_t *c = bytes(cos + r * half), *s = bytes(sin + r * half);
+                for (int64_t h = 0; h < heads; h++) {
+                    uint8_t *x = bytes(q->data) + (r * q->token + h * q->head) * B;
+                    turn<T>(x, size, half, c, s, x);
                 }
-            });
+                for (int64_t h = 0; h < kv->kv_heads; h++)
+                    turn<T>(row_of(*k, r, B) + h * k->head * B, size, half, c, s, turned + h * size * B);
+                writer.write(true, slots[r], turned, size);
+                writer.write(false, slots[r], row_of(*v, r, B), v->head);
+            }
         });
     });
-    return cached | known;
 }
 
 // ---- activations -----------------------------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ void activate_rows(int64_t rows, int64_t size, const void *x, int64_t stride, co
     constexpr int B = Element<type>::BYTES;
     over_rows(rows, 4 * size, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
-            const uint8_t *row = bytes(x) + r * stride * B, *factor = bytes(up) + r * up_stride * B;
+            const uint8_t *row = bytes(x) + r * stride * B, *factor = up ? bytes(up) + r * up_stride * B : nullptr;
             for (int64_t i = 0; i < size; i += LANES) {
                 Floats value = activate<kind>(read<type>(row, i, size));
                 if (up) value = value * read<type>(factor, i, size);

@@ -1,20 +1,13 @@
-"""The operations by the native kernels of csrc/. What has no kernel yet is the reference's."""
+"""The operations by the native kernels of csrc/. Beside the common list: forms that a step fuses (`add_rms_norm`,
+`rope_and_write`)."""
 
-from quire.ops.cpu.linear import linear, pack, packed_linear, packed_rows
-from quire.ops.reference import (
-    activation,
-    embedding,
-    gated_activation,
-    layer_norm,
-    packed_attention,
-    paged_attention,
-    rms_norm,
-    rope,
-    write_kv,
-)
+from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
+from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_rows
+from quire.ops.cpu.rows import activation, add_rms_norm, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
     "activation",
+    "add_rms_norm",
     "embedding",
     "gated_activation",
     "layer_norm",
@@ -22,10 +15,12 @@ __all__ = [
     "pack",
     "packed_attention",
     "packed_linear",
+    "packed_linears",
     "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_and_write",
     "write_kv",
 ]
 

@@ -25,7 +25,7 @@ TYPES = {
 }
 DENSE, INT8, INT4 = range(3)
 
-_int, _long, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class WeightStruct(ctypes.Structure):
@@ -43,14 +43,70 @@ class WeightStruct(ctypes.Structure):
     )
 
 
+class HeadsStruct(ctypes.Structure):
+    """`quire_heads`."""
+
+    _fields_ = (("data", _pointer), ("token", _long), ("head", _long))
+
+
+class KvStruct(ctypes.Structure):
+    """`quire_kv`."""
+
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("kv_heads", _long),
+        ("size", _long),
+        ("slots", _long),
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("k_token", _long),
+        ("k_head", _long),
+        ("v_token", _long),
+        ("v_head", _long),
+        ("scales", _pointer),
+    )
+
+
+class AttentionStruct(ctypes.Structure):
+    """`quire_attention`."""
+
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("heads", _long),
+        ("q", HeadsStruct),
+        ("out", _pointer),
+        ("kv", KvStruct),
+        ("sequences", _long),
+        ("starts", _pointer),
+        ("lengths", _pointer),
+        ("tables", _pointer),
+        ("table_stride", _long),
+        ("block_size", _long),
+        ("scale", _float),
+        ("softcap", _float),
+        ("window", _long),
+    )
+
+
 _weight = ctypes.POINTER(WeightStruct)
+_heads, _kv = ctypes.POINTER(HeadsStruct), ctypes.POINTER(KvStruct)
 SIGNATURES = {
     "version": (),
     "set_isa": (ctypes.c_char_p,),
     "set_threads": (_int,),
     "pack": (_weight, _pointer, _long),
     "linear": (_weight, _int, _long, _pointer, _long, _pointer, _pointer, _long),
+    "linears": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
     "weight_rows": (_weight, _int, _long, _pointer, _pointer),
+    "rms_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _float, _float, _pointer),
+    "add_rms_norm": (_int, _int, _long, _long, _pointer, _pointer, _pointer, _float, _float, _pointer),
+    "layer_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _pointer, _float, _pointer),
+    "activation": (_int, _int, _long, _long, _pointer, _long, _pointer, _long, _pointer),
+    "gather_rows": (_long, _pointer, _pointer, _long, _long, _long, _pointer),
+    "rope": (_int, _long, _long, _long, _long, _pointer, _long, _long, _pointer, _pointer, _pointer),
+    "write_kv": (_kv, _int, _long, _heads, _heads, _pointer),
+    "rope_and_write": (_kv, _int, _long, _long, _long, _heads, _heads, _heads, _pointer, _pointer, _pointer),
+    "attend": (ctypes.POINTER(AttentionStruct),),
 }
 
 

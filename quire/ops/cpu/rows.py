@@ -1,0 +1,207 @@
+"""Row operations by the native kernels (csrc/rows.cpp).
+
+Where a gradient is wanted the forward pass is the same kernel, and the backward pass derives the reference's formula: its
+order of summation carries no promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.ops.cpu.library import TYPES, address, call
+from quire.ops.reference import rows as reference
+
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+class _Derived(torch.autograd.Function):
+    """compute(*arguments), with the gradients of meaning(*arguments)."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Tensor], meaning: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        ctx.meaning = meaning
+        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
+        ctx.places = [n for n, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        ctx.save_for_backward(*(arguments[n] for n in ctx.places))
+        return compute(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = list(ctx.others)
+        wanted = [n for n in ctx.places if ctx.needs_input_grad[n + 2]]
+        for n, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+            arguments[n] = saved.detach().requires_grad_(n in wanted)
+        with torch.enable_grad():
+            out = ctx.meaning(*arguments)
+        found = dict(zip(wanted, torch.autograd.grad(out, [arguments[n] for n in wanted], grad), strict=True))
+        return None, None, *(found.get(n) for n in range(len(arguments)))
+
+
+def _run(compute: Callable[..., Tensor], meaning: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return _Derived.apply(compute, meaning, *arguments)
+    return compute(*arguments)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return _run(_embedding, reference.embedding, ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    return _run(_rms_norm, reference.rms_norm, x, weight, eps, offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _run(_layer_norm, reference.layer_norm, x, weight, bias, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _run(_rope, reference.rope, x, cos, sin)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    return _run(_activation, reference.activation, x, kind)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return _run(_gated_activation, reference.gated_activation, gate, up, kind)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """`residual += x`, then `rms_norm(residual)`, with the same bits in one pass. residual and x [T, E] lie end to end. For
+    serving alone: nothing here has a gradient."""
+    assert residual.is_contiguous() and residual.shape == x.shape and residual.dtype == x.dtype
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(residual)
+    size = residual.shape[-1]
+    call(
+        "add_rms_norm",
+        TYPES[x.dtype],
+        TYPES[weight.dtype],
+        residual.numel() // size,
+        size,
+        residual.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        offset,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _embedding(ids: Tensor, table: Tensor) -> Tensor:
+    if table.stride(-1) != 1:
+        table = table.contiguous()
+    ids = ids.contiguous()
+    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype)
+    each = table.element_size()
+    call(
+        "gather_rows",
+        ids.numel(),
+        ids.data_ptr(),
+        table.data_ptr(),
+        len(table),
+        table.shape[1] * each,
+        table.stride(0) * each,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    x, rows, stride = _as_rows(x)
+    weight = weight.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    call(
+        "rms_norm",
+        TYPES[x.dtype],
+        TYPES[weight.dtype],
+        rows,
+        x.shape[-1],
+        x.data_ptr(),
+        stride,
+        weight.data_ptr(),
+        eps,
+        offset,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    x, rows, stride = _as_rows(x)
+    given = [t.contiguous() for t in (weight, bias) if t is not None]
+    if len({t.dtype for t in given}) > 1:
+        weight, bias = (t.float() for t in given)
+        given = [weight, bias]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    call(
+        "layer_norm",
+        TYPES[x.dtype],
+        TYPES[given[0].dtype] if given else 0,
+        rows,
+        x.shape[-1],
+        x.data_ptr(),
+        stride,
+        address(weight),
+        address(bias),
+        eps,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    tokens, heads, size = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    call(
+        "rope",
+        TYPES[x.dtype],
+        tokens,
+        heads,
+        size,
+        cos.shape[-1],
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    return _activate(x, None, kind)
+
+
+def _gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return _activate(gate, up if up.dtype == gate.dtype else up.to(gate.dtype), kind)
+
+
+def _activate(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    x, rows, stride = _as_rows(x)
+    other = (None, 0)
+    if up is not None:
+        up, _, up_stride = _as_rows(up)
+        other = up.data_ptr(), up_stride
+    out = torch.empty(x.shape, dtype=x.dtype)
+    call("activation", TYPES[x.dtype], KINDS[kind], rows, x.shape[-1], x.data_ptr(), stride, *other, out.data_ptr())
+    return out
+
+
+def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x, copied if its rows do not lie at one distance; the number of rows and that distance."""
+    size = x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.shape[0], x.stride(0)
+    x = x.contiguous()
+    return x, x.numel() // size if size else 0, size
