@@ -13,8 +13,9 @@ from quire.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
 POLICIES = ("fcfs", "priority")
-AUTO = "auto"
 QUANTIZATIONS = ("int8", "int4", "fp8", "awq", "gptq", "compressed-tensors")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
+AUTO = "auto"
 MAX_BLOCK_SIZE = 256
 
 # vLLM's switches for what is a fact here: (the sense in which each is accepted, None for both; the fact).
@@ -52,6 +53,10 @@ class EngineConfig:
     """Share of the device's memory (on CPU: of the memory that machine and cgroup have free) that the engine may use."""
     kv_cache_memory_bytes: int | None = None
     """Exact size of the KV cache; overrides the share above."""
+    kv_cache_dtype: str = AUTO
+    """Type of cached keys and values: auto is dtype; fp8 (fp8_e4m3), fp8_e5m2 and int8 take one byte per number."""
+    calculate_kv_scales: bool = False
+    """With fp8: find the scales of keys and values at start, from a fixed text, not the checkpoint's or 1 (int8: always)."""
     num_gpu_blocks_override: int | None = None
     """Exact number of KV blocks; overrides both, mostly for tests."""
     enable_prefix_caching: bool = True
@@ -85,6 +90,12 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError("model must be a folder, a hub id or quire-tiny, got an empty value.")
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.calculate_kv_scales and self.kv_cache_dtype == AUTO:
+            raise ConfigError(
+                f"calculate_kv_scales needs a kv_cache_dtype of {', '.join(KV_CACHE_DTYPES[1:])}, got {AUTO!r}: "
+                "a cache of full numbers has no scales."
+            )
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         if self.max_model_len not in (None, AUTO, -1):
             _whole("max_model_len", self.max_model_len, 1)

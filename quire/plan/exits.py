@@ -106,7 +106,8 @@ def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSize
     def attempt(**changes: Any) -> Plan | None:
         return find_plan(replace(config, **changes), model, weights, hardware)
 
-    exits = [*_shorter(config, length, attempt), *_other_cache(config, wishes, needed_blocks, attempt)]
+    exits = [*_shorter(config, length, attempt), *_fp8_cache(config, wishes, length, attempt)]
+    exits += _other_cache(config, wishes, needed_blocks, attempt)
     exits += [*_smaller_step(tokens, sequences, attempt), *_larger_share(config, wishes, attempt)]
     exits += [*_other_dtype(wishes, attempt), *_quantized(wishes, attempt)]
     exits += _everything(config, attempt) if not exits else ()
@@ -119,14 +120,34 @@ Attempt = Callable[..., Plan | None]
 
 def _shorter(config: EngineConfig, length: int, attempt: Attempt) -> Iterator[Exit]:
     """The longest max_model_len that fits, in whole blocks."""
+    longest = _longest(config, length, attempt)
+    plan = attempt(max_model_len=longest) if longest else None
+    if plan is not None:
+        yield Exit({"max_model_len": longest}, f"instead of {length}; {plan.max_concurrency:.1f} requests of full length")
+
+
+def _longest(config: EngineConfig, length: int, attempt: Attempt, **changes: Any) -> int:
+    """The longest max_model_len below `length` that fits with those changes, 0 if there is none or none was asked for."""
     if config.max_model_len in (AUTO, -1):
+        return 0
+    size = config.block_size
+    return size * _largest((length - 1) // size, lambda n: attempt(max_model_len=n * size, **changes) is not None)
+
+
+def _fp8_cache(config: EngineConfig, wishes: Wishes, length: int, attempt: Attempt) -> Iterator[Exit]:
+    """Keys and values of one byte per number: alone, or else with a longer sequence than without it."""
+    if config.kv_cache_dtype != AUTO:
         return
-    blocks = _largest(length // config.block_size, lambda n: attempt(max_model_len=n * config.block_size) is not None)
-    if 0 < blocks * config.block_size < length:
-        longest = blocks * config.block_size
-        plan = attempt(max_model_len=longest)
-        if plan is not None:
-            yield Exit({"max_model_len": longest}, f"instead of {length}; {plan.max_concurrency:.1f} requests of full length")
+    fp8 = {"kv_cache_dtype": "fp8"}
+    if (plan := attempt(**fp8)) is not None:
+        room, stated = wishes.room_for_cache(plan.max_num_batched_tokens, plan.max_num_seqs), wishes.stated_blocks()
+        before = (room if stated is None else min(stated, room)) * config.block_size
+        yield Exit(fp8, f"{plan.kv_tokens} tokens of KV cache where {wishes.dtype} has room for {before}")
+        return
+    longest = _longest(config, length, attempt, **fp8)
+    gain = longest - _longest(config, length, attempt) if longest else 0
+    if gain > 0:
+        yield Exit({**fp8, "max_model_len": longest}, f"instead of {length}; {gain} more than in {wishes.dtype}")
 
 
 def _other_cache(config: EngineConfig, wishes: Wishes, needed_blocks: int, attempt: Attempt) -> Iterator[Exit]:

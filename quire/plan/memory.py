@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quire.models.config import ModelConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_ITEM_BYTES = {**ITEM_BYTES, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
 _SPELLINGS = {"float": "float32", "half": "float16"}
 # What the interpreter, torch and the server hold themselves: 160 MiB measured, rounded up.
 RUNTIME_BYTES = 192 << 20
@@ -42,6 +43,7 @@ class Plan:
     """
 
     dtype: str
+    kv_cache_dtype: str
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -93,7 +95,7 @@ class Plan:
             f"activations at {self.max_num_batched_tokens} tokens {size_text(self.activation_bytes)} | "
             f"runtime {size_text(self.runtime_bytes)} | KV cache {size_text(self.kv_bytes)} | unused {size_text(left)}",
             f"KV cache size: {self.kv_tokens:,} tokens ({self.num_blocks:,} blocks of {self.block_size}, "
-            f"{size_text(self.bytes_per_block // self.block_size)} per token)",
+            f"{size_text(self.bytes_per_block // self.block_size)} per token as {self.kv_cache_dtype})",
             f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x",
         ]
 
@@ -152,6 +154,7 @@ class Wishes:
     hardware: Hardware
     preset: Mapping[str, Any]
     dtype: str
+    kv_cache_dtype: str
     weights: int
     form: str
     sizes: WeightSizes
@@ -167,7 +170,8 @@ class Wishes:
         if isinstance(weights, int):
             weights = WeightSizes(Sizes(weights // ITEM_BYTES.get(model.dtype, ITEM_BYTES[dtype])))
         scheme = scheme_of(model.raw, config.quantization)
-        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEM_BYTES[dtype]
+        kv_cache_dtype = plan_kv_dtype(config.kv_cache_dtype, dtype)
+        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * KV_ITEM_BYTES[kv_cache_dtype]
         share = config.gpu_memory_utilization or preset.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
         seqs = _ladder(config.max_num_seqs, preset.get("max_num_seqs"), DEFAULT_SEQS, LEAST_SEQS, LEAST_PRESET_SEQS)
         tokens = _ladder(
@@ -183,6 +187,7 @@ class Wishes:
             hardware=hardware,
             preset=preset,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             weights=weights.of(scheme).bytes_as(ITEM_BYTES[dtype]),
             form=scheme.form.kind if scheme is not None else dtype,
             sizes=weights,
@@ -230,6 +235,7 @@ class Wishes:
         blocks = room if self.pinned else min(room, sequences * needed)
         return Plan(
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=length,
             max_num_seqs=sequences,
             max_num_batched_tokens=tokens,
@@ -317,6 +323,11 @@ def plan_dtype(wish: str, stored: str, device: str) -> str:
     if stored == "float16" and device == "cpu":
         return "bfloat16"
     return stored if stored in ITEM_BYTES else "float32"
+
+
+def plan_kv_dtype(wish: str, dtype: str) -> str:
+    """The type to cache keys and values in, by one name each."""
+    return {AUTO: dtype, "fp8": "fp8_e4m3"}.get(wish, wish)
 
 
 def size_text(number: int) -> str:

@@ -84,6 +84,26 @@ def test_half_the_type_is_offered_for_float32() -> None:
     assert {"dtype": "bfloat16"} in [way.options for way in account.exits]
 
 
+def test_fp8_cache_is_offered_with_what_it_gains() -> None:
+    model = shape(max_position_embeddings=32768, num_key_value_heads=16)
+    exits = diagnose(EngineConfig("m"), model, GIB, machine(5 * GIB)).exits
+    way = next(way for way in exits if way.options == {"kv_cache_dtype": "fp8"})
+    fitting = find_plan(EngineConfig("m", kv_cache_dtype="fp8"), model, GIB, machine(5 * GIB))
+    limits = {"max_num_seqs": fitting.max_num_seqs, "max_num_batched_tokens": fitting.max_num_batched_tokens}
+    full = find_plan(EngineConfig("m", max_model_len="auto", **limits), model, GIB, machine(5 * GIB))
+    assert way.remark == f"{fitting.kv_tokens} tokens of KV cache where bfloat16 has room for {full.kv_tokens}"
+    assert full.max_model_len < 32768
+
+    # Where it is not enough by itself, it still makes the longest sequence about twice as long.
+    exits = diagnose(EngineConfig("m"), model, GIB, machine(2 * GIB)).exits
+    without, within = exits[0].options["max_model_len"], exits[1].options
+    assert within["kv_cache_dtype"] == "fp8"
+    assert 0 <= within["max_model_len"] - 2 * without <= 32  # the null block is there in both
+    assert exits[1].remark == f"instead of 32768; {within['max_model_len'] - without} more than in bfloat16"
+    exits = diagnose(EngineConfig("m", kv_cache_dtype="int8"), model, GIB, machine(2 * GIB)).exits
+    assert not any("kv_cache_dtype" in way.options for way in exits)
+
+
 def test_json_form() -> None:
     facts = diagnose(EngineConfig("m"), shape(), 4 * GIB, machine(2 * GIB)).as_dict()
     assert facts["fits"] is False

@@ -29,6 +29,16 @@ def test_bytes_of_a_block_are_exact() -> None:
     assert plan(free=16, dtype="float32").bytes_per_block == 2 * 24 * 16 * 4 * 64 * 4
 
 
+@pytest.mark.parametrize("wish, name", [("fp8", "fp8_e4m3"), *((name, name) for name in ("fp8_e4m3", "fp8_e5m2", "int8"))])
+def test_a_cache_of_one_byte_per_number_holds_twice_the_tokens(wish: str, name: str) -> None:
+    full, half = plan(free=2), plan(free=2, kv_cache_dtype=wish)
+    assert (full.kv_cache_dtype, half.kv_cache_dtype) == ("bfloat16", name)
+    assert half.bytes_per_block * 2 == full.bytes_per_block
+    assert abs(half.kv_tokens - 2 * full.kv_tokens) <= 2 * full.block_size
+    assert f"12.0 KiB per token as {name})" in "\n".join(half.describe())
+    assert plan(free=16, dtype="float32").kv_cache_dtype == "float32"
+
+
 @pytest.mark.parametrize(
     "stored, wish, factor, dtype",
     [
@@ -175,6 +185,7 @@ WISHES = st.fixed_dictionaries(
         "block_size": st.sampled_from([8, 16, 32, 128]),
         "gpu_memory_utilization": st.floats(0.2, 1.0),
         "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
+        "kv_cache_dtype": st.sampled_from(["auto", "fp8", "int8"]),
         "preset": st.sampled_from(["chat", "throughput", "low-latency", "memory"]),
     },
 )
