@@ -102,6 +102,7 @@ class Place:
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "QUIRE_LOG_LEVEL": "WARNING",
             "OMP_NUM_THREADS": str(self.threads),
         }
         if entry.engine == "vllm" and self.peers is not None:

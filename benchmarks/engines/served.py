@@ -91,7 +91,7 @@ async def _first_token(process: Running, server: Server, prompt: list[int]) -> L
             load = Load(ENDPOINT, (await server.models())[0], extra=GREEDY)
             sent = await server.stream(ENDPOINT, load.body(Asked(prompt, 1)))
         except (Unavailable, IndexError):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
             continue
         if sent.error is not None:
             raise Failed(sent.error)
