@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from quire.errors import ConfigError, did_you_mean
+from quire.speculation import Speculation
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
 POLICIES = ("fcfs", "priority")
@@ -75,6 +76,9 @@ class EngineConfig:
     """A jinja template (text or the path of a file) instead of the model's."""
     preset: str | None = None
     """A scenario of `quire presets`."""
+    speculative_config: Mapping[str, Any] | None = None
+    """Draft tokens from text that repeats itself, with the same results: {"method": "ngram", "num_speculative_tokens": 4,
+    "prompt_lookup_min": 2, "prompt_lookup_max": 5}."""
     threads: int | None = None
     """Compute threads; if not given, OMP_NUM_THREADS or as many as cores are usable."""
     tensor_parallel_size: int = 1
@@ -108,6 +112,7 @@ class EngineConfig:
             raise ConfigError(f"block_size must divide 128, got {self.block_size}. Use 16.")
         _whole("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _whole("max_logprobs", self.max_logprobs, -1)
+        Speculation.of(self.speculative_config)
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")

@@ -62,6 +62,7 @@ class Metrics:
         self._max_model_len = max_model_len
         self._sources: dict[str, tuple[str, Callable[[], float]]] = {}
         self._cache_config: dict[str, Any] = {}
+        self._draft_places = 0
         self._build(model_name)
 
     def rename(self, model_name: str) -> None:
@@ -71,6 +72,7 @@ class Metrics:
             self._add_source(name, text)
         if self._cache_config:
             self.set_cache_config(**self._cache_config)
+        self.set_speculation(self._draft_places)
 
     # called by the engine thread
 
@@ -105,6 +107,14 @@ class Metrics:
         ):
             if amount:
                 counter.inc(amount)
+
+    def observe_drafts(self, drafts: int, tokens: int, accepted_at: Sequence[int]) -> None:
+        """What was added since the last call: drafts, their tokens, and how often the token at each place came true."""
+        self._drafts.inc(drafts)
+        self._draft_tokens.inc(tokens)
+        self._accepted_tokens.inc(sum(accepted_at))
+        for place, accepted in enumerate(accepted_at):
+            self._accepted_at[str(place)].inc(accepted)
 
     def observe_first_token(self, seconds: float) -> None:
         """Time from arrival to the first token of a request."""
@@ -143,6 +153,17 @@ class Metrics:
             registry=self._registry,
         )
         gauge.labels(engine="0", **labels).set(1)
+
+    def set_speculation(self, tokens: int) -> None:
+        """Drafts have up to `tokens` tokens; 0 for none. Makes a series for each place, as it is called once."""
+        self._draft_places = tokens
+        if tokens:
+            self._accepted_at = self._each(
+                "vllm:spec_decode_num_accepted_tokens_per_pos",
+                "Accepted draft tokens by their place in the draft.",
+                "position",
+                [str(place) for place in range(tokens)],
+            )
 
     # called by the server
 
@@ -196,6 +217,9 @@ class Metrics:
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens in one step.", _STEP_TOKENS)
         self._corrupted = self._counter("vllm:corrupted_requests", "Requests whose logits held NaN.")
+        self._drafts = self._counter("vllm:spec_decode_num_drafts", "Drafts that were verified.")
+        self._draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.")
+        self._accepted_tokens = self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens that came true.")
 
     def _build_request(self) -> None:
         lengths = _one_two_five(self._max_model_len)

@@ -18,11 +18,13 @@ from quire.scheduler.step import PLACEHOLDER, Chunk, Step
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the wanted logits are among `batch.logit_rows`. draws: (chunk, its place); prompt: (chunk, first place, first
-    position, count) of prompt positions whose next token is to be scored."""
+    """Where the wanted logits are among `batch.logit_rows`. draws: (chunk, its first place) - a chunk with drafts has one row
+    more for each of them; prompt: (chunk, first place, first position, count) of prompt positions whose next token is to be
+    scored. num_drawn: how many rows, the first ones, are drawn from."""
 
     draws: tuple[tuple[Chunk, int], ...]
     prompt: tuple[tuple[Chunk, int, int, int], ...]
+    num_drawn: int
 
 
 def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Rows]:
@@ -63,13 +65,17 @@ def _tables(chunks: Sequence[Chunk]) -> np.ndarray:
 
 def _rows(step: Step, starts: list[int], scored: Mapping[int, int]) -> tuple[list[int], Rows]:
     """Rows that draw come first, then prompt rows, each in the order of the chunks."""
-    draws = [(chunk, end - 1) for chunk, end in zip(step.chunks, starts[1:], strict=True) if chunk.draws]
-    logit_rows = [row for _, row in draws]
-    prompt = []
+    draws, prompt = [], []
+    logit_rows: list[int] = []
+    for chunk, end in zip(step.chunks, starts[1:], strict=True):
+        if chunk.draws:
+            draws.append((chunk, len(logit_rows)))
+            logit_rows.extend(range(end - 1 - chunk.drafts, end))
+    num_drawn = len(logit_rows)
     for chunk, start in zip(step.chunks if scored else (), starts, strict=False):
         # Position p predicts token p + 1, so the prompt's last position is left to the draw.
         count = min(chunk.start + len(chunk.tokens), scored.get(chunk.sequence, 0) - 1) - chunk.start
         if count > 0:
             prompt.append((chunk, len(logit_rows), chunk.start, count))
             logit_rows.extend(range(start, start + count))
-    return logit_rows, Rows(tuple((chunk, place) for place, (chunk, _) in enumerate(draws)), tuple(prompt))
+    return logit_rows, Rows(tuple(draws), tuple(prompt), num_drawn)

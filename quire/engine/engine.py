@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from quire.engine.beam import BeamSearch
+from quire.engine.drawing import draw
 from quire.engine.progress import Progress, Sample
 from quire.engine.runner import Result, Runner
 from quire.engine.stats import Stats
@@ -20,8 +21,8 @@ from quire.log import logger
 from quire.metrics import Metrics
 from quire.plan.memory import Plan
 from quire.request import BeamSearchParams, CompletionOutput, EngineRequest, RequestOutput
-from quire.sampling.rows import SampledRow, SamplingRow
-from quire.sampling.sampler import sample, score, top_candidates
+from quire.sampling.rows import SampledRow
+from quire.sampling.sampler import score, top_candidates
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Limits, Scheduler
@@ -92,7 +93,7 @@ class Engine:
         self._mark_scheduled(step)
         try:
             result = self._runner.run(step, self._scored)
-            drawn = self._draw(result)
+            drawn = draw(result, self.scheduler, self._progress)
         except Exception as error:
             log.exception("step %d failed; its %d sequences end", step.number, len(step.chunks))
             return self._fail(step, error)
@@ -110,47 +111,20 @@ class Engine:
             sequence = self.scheduler.sequence(number)
             self._progress[sequence.group.request.request_id].metrics.num_preemptions += 1
 
-    # -- drawing ------------------------------------------------------------------------------------------------------
-
-    def _draw(self, result: Result) -> dict[int, SampledRow]:
-        """One token for each sequence that draws from this step; beams draw nothing here."""
-        places, numbers, rows = [], [], []
-        for chunk, place in result.rows.draws:
-            for number in chunk.draws:
-                sequence = self.scheduler.sequence(number)
-                if sequence.group.request.beam is None:
-                    places.append(place)
-                    numbers.append(number)
-                    rows.append(self._sampling_row(sequence))
-        if not rows:
-            return {}
-        logits = result.logits if places == list(range(len(result.logits))) else result.logits[places]
-        return dict(zip(numbers, sample(logits, rows), strict=True))
-
-    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        request = sequence.group.request
-        drawn_by = self._progress[request.request_id].samples[sequence.index]
-        return SamplingRow(
-            params=request.params,
-            seed=drawn_by.seed,
-            position=len(drawn_by.token_ids),
-            prompt_ids=request.prompt_token_ids,
-            output_ids=drawn_by.token_ids,
-            stop_ids=request.stop_token_ids,
-            bad_words=request.bad_words,
-        )
-
     # -- telling ------------------------------------------------------------------------------------------------------
 
-    def _tell(self, step: Step, result: Result, drawn: dict[int, SampledRow]) -> list[RequestOutput]:
+    def _tell(self, step: Step, result: Result, drawn: dict[int, list[SampledRow]]) -> list[RequestOutput]:
         now = self._clock()
         outputs = self._score_prompts(result)
         outputs += self._move_beams(result)
         grown: dict[str, list[Sample]] = {}
-        for sequence in self.scheduler.update(step, {number: row.token for number, row in drawn.items()}):
+        generated = 0
+        for sequence in self.scheduler.update(step, {number: [row.token for row in rows] for number, rows in drawn.items()}):
             request_id = sequence.group.request.request_id
             try:
-                grown.setdefault(request_id, []).append(self._push(sequence, drawn[sequence.id], now))
+                sample, taken = self._push(sequence, drawn[sequence.id], now)
+                grown.setdefault(request_id, []).append(sample)
+                generated += taken
             except Exception as error:
                 outputs.append(self._end(request_id, "error", error))
         for request_id, samples in grown.items():
@@ -160,24 +134,30 @@ class Engine:
             outputs.append(progress.output(samples))
             if progress.finished:
                 self._forget(request_id)
-        self._stats.step(step, len(drawn))
+        self._stats.step(step, generated)
         return [output for output in outputs if output is not None]
 
-    def _push(self, sequence: Sequence, row: SampledRow, now: float) -> Sample:
+    def _push(self, sequence: Sequence, rows: list[SampledRow], now: float) -> tuple[Sample, int]:
+        """Give a sample its tokens, until one of them ends it; returns the sample and how many it took."""
         progress = self._progress[sequence.group.request.request_id]
-        drawn_by = progress.samples[sequence.index]
-        if row.corrupted:
-            self._stats.metrics.observe_corrupted()
-            raise CorruptedLogits("the model gave NaN or infinite logits for this request, or nothing was left to draw from.")
-        if progress.metrics.first_token_time is None:
-            progress.metrics.first_token_time = now
-            self._stats.metrics.observe_first_token(now - progress.metrics.arrival_time)
-        elif drawn_by.last_time is not None:
-            self._stats.metrics.observe_inter_token(now - drawn_by.last_time)
-        progress.push(drawn_by, row, now)
-        if drawn_by.finish_reason is not None:
-            self.scheduler.finish(sequence.id)
-        return drawn_by
+        sample = progress.samples[sequence.index]
+        if sample.last_time is not None:
+            # As at vLLM: the time between two steps' tokens, however many a step brings.
+            self._stats.metrics.observe_inter_token(now - sample.last_time)
+        for taken, row in enumerate(rows, 1):
+            if row.corrupted:
+                self._stats.metrics.observe_corrupted()
+                raise CorruptedLogits(
+                    "the model gave NaN or infinite logits for this request, or nothing was left to draw from."
+                )
+            if progress.metrics.first_token_time is None:
+                progress.metrics.first_token_time = now
+                self._stats.metrics.observe_first_token(now - progress.metrics.arrival_time)
+            progress.push(sample, row, now)
+            if sample.finish_reason is not None:
+                self.scheduler.finish(sequence.id)
+                return sample, taken
+        return sample, len(rows)
 
     def _score_prompts(self, result: Result) -> list[RequestOutput | None]:
         ended = []

@@ -30,12 +30,12 @@ class Runner:
         copy_blocks(self.kv, step.copies)
         batch, rows = build(step, self.kv, scored)
         hidden = self.model(batch)
-        logits = self.model.logits(hidden[: len(rows.draws)]) if rows.draws else hidden.new_empty(0, 0)
+        logits = self.model.logits(hidden[: rows.num_drawn]) if rows.num_drawn else hidden.new_empty(0, 0)
         return Result(self.model, rows, hidden, logits)
 
 
 class Result:
-    """What a step has computed. logits: float32 [draws, V], one row for each entry of `rows.draws`."""
+    """What a step has computed. logits: float32 [rows.num_drawn, V], placed as `rows.draws` says."""
 
     def __init__(self, model: CausalLM, rows: Rows, hidden: Tensor, logits: Tensor) -> None:
         self.rows = rows

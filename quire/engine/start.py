@@ -28,6 +28,7 @@ from quire.plan.hardware import probe
 from quire.plan.memory import Plan, make_plan
 from quire.presets import recommended_sampling
 from quire.scheduler.scheduler import Limits
+from quire.speculation import Speculation
 from quire.text.tokenizer import Tokenizer
 from quire.weights.files import checkpoint_files, tensor_headers, weight_sizes
 from quire.weights.hub import resolve
@@ -107,6 +108,7 @@ def _limits(config: EngineConfig, plan: Plan) -> Limits:
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         policy=config.scheduling_policy,
         prefix_caching=config.enable_prefix_caching,
+        speculation=Speculation.of(config.speculative_config),
     )
 
 

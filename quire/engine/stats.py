@@ -10,6 +10,7 @@ from quire.log import logger
 from quire.metrics import FinishedRequest, Metrics
 from quire.plan.memory import Plan
 from quire.scheduler.scheduler import Counters, Scheduler
+from quire.scheduler.speculator import SpeculationCounters
 from quire.scheduler.step import Step
 
 log = logger(__name__)
@@ -24,11 +25,14 @@ class Stats:
     ) -> None:
         self.metrics = metrics
         self._scheduler, self._plan, self._clock, self._log_stats = scheduler, plan, clock, log_stats
-        self._told = Counters()
+        self._told, self._told_drafts, self._logged_drafts = Counters(), SpeculationCounters(), SpeculationCounters()
         self._logged, self._prompt, self._generated, self._preempted = clock(), 0, 0, 0
+        rules = scheduler.limits.speculation
+        if rules is not None:
+            metrics.set_speculation(rules.num_speculative_tokens)
 
     def step(self, step: Step, generated: int) -> None:
-        """After every step; `generated`: tokens drawn."""
+        """After every step; `generated`: tokens that samples took."""
         scheduler, now, told = self._scheduler, self._scheduler.counters, self._told
         prompt = 0
         for chunk in step.chunks:
@@ -46,6 +50,10 @@ class Stats:
             prompt_tokens=prompt,
             generation_tokens=generated,
         )
+        drafts = scheduler.speculated.since(self._told_drafts)
+        if drafts.drafts:
+            self.metrics.observe_drafts(drafts.drafts, drafts.draft_tokens, drafts.accepted_at)
+            self._told_drafts = scheduler.speculated.copy()
         self._prompt += prompt
         self._generated += generated
         self._preempted += now.preemptions - told.preemptions
@@ -87,9 +95,17 @@ class Stats:
                 100 * scheduler.usage,
                 100 * counters.prefix_hits / max(1, counters.prefix_queries),
             )
+            self._log_drafts()
         if self._preempted:
             log.warning("%s", self._advice(seconds))
         self._logged, self._prompt, self._generated, self._preempted = self._clock(), 0, 0, 0
+
+    def _log_drafts(self) -> None:
+        drafts = self._scheduler.speculated.since(self._logged_drafts)
+        if drafts.drafts:
+            share = 100 * drafts.accepted / drafts.draft_tokens
+            log.info("drafts %d of %d tokens, %.1f %% of them came true", drafts.drafts, drafts.draft_tokens, share)
+        self._logged_drafts = self._scheduler.speculated.copy()
 
     def _advice(self, seconds: float) -> str:
         """What would stop the preemptions, with values: room for every present sequence at the length that it may reach."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quire.speculation import Speculation
+
 
 @dataclass
 class Limits:
-    """Active limits; all but the block size may be changed between steps."""
+    """Active limits; all but the block size and the speculation may be changed between steps."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -16,3 +18,4 @@ class Limits:
     long_prefill_token_threshold: int = 0
     policy: str = "fcfs"
     prefix_caching: bool = True
+    speculation: Speculation | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from quire.errors import InvalidRequest
@@ -19,6 +20,7 @@ from quire.request import EngineRequest
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.limits import Limits
 from quire.scheduler.sequence import Group, Sequence
+from quire.scheduler.speculator import SpeculationCounters, Speculator
 from quire.scheduler.step import Chunk, Step
 from quire.scheduler.tables import Tables
 
@@ -41,6 +43,7 @@ class Scheduler:
         self.counters = Counters()
         self._root_of = root_of
         self._tables = Tables(limits, pool)
+        self._speculator = Speculator(limits.speculation, self._tables) if limits.speculation else None
         self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
@@ -63,6 +66,11 @@ class Scheduler:
     def usage(self) -> float:
         """Share of the blocks that sequences hold."""
         return self.pool.num_held / self.pool.num_blocks
+
+    @property
+    def speculated(self) -> SpeculationCounters:
+        """What became of drafts so far."""
+        return self._speculator.counters if self._speculator else SpeculationCounters()
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -161,20 +169,26 @@ class Scheduler:
             self._admit(plan)
         if not plan.chunks:
             return None
+        if self._speculator and not plan.preempted:
+            used = self.limits.max_num_batched_tokens - plan.budget
+            self._speculator.extend(plan.chunks, self._sequences, used, plan.budget, plan.copies)
         self._steps += 1
         return Step(self._steps, tuple(plan.chunks), tuple(plan.copies), tuple(plan.preempted))
 
-    def update(self, step: Step, drawn: Mapping[int, int]) -> list[Sequence]:
-        """The tokens that `step` drew, by sequence. Returns the sequences that have grown; those gone since are passed over."""
+    def update(self, step: Step, drawn: Mapping[int, Tokens[int]]) -> list[Sequence]:
+        """The tokens that `step` drew, by sequence: one, or as many as its draft made good. Returns the sequences that have
+        grown; those gone since are passed over."""
         grown = []
         for chunk in step.chunks:
             for number in chunk.draws:
                 sequence = self._sequences.get(number)
                 if sequence is None or number not in drawn:
                     continue
-                sequence.tokens.append(drawn[number])
+                sequence.tokens += drawn[number]
                 sequence.num_pending -= 1
                 grown.append(sequence)
+                if chunk.drafts:
+                    self._speculator.settle(sequence, chunk, len(drawn[number]))
                 self._tables.register(sequence)
         return grown
 

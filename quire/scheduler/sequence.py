@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from quire.request import EngineRequest
+from quire.scheduler.lookup import Lookup
 from quire.scheduler.step import PLACEHOLDER
 
 
@@ -18,7 +19,8 @@ class Sequence:
     blocks: replaced, never changed, when the table grows.
     keys: prefix keys of the full blocks so far, num_registered of which others can find.
     max_length: no token is added beyond it. offered: a beam whose next tokens are drawn; it has no more to compute until its
-    group branches. order: first come, first served - within a priority.
+    group branches. num_drafts: guessed tokens among the computed ones, in a step in flight; until it is known which of them are
+    right, the sequence has no more to compute. order: first come, first served - within a priority.
     """
 
     id: int
@@ -34,6 +36,9 @@ class Sequence:
     num_registered: int = 0
     running: bool = False
     offered: bool = False
+    num_drafts: int = 0
+    lookup: Lookup | None = None
+    """Where drafts come from, made for the first one."""
     num_preemptions: int = 0
     num_cached: int = -1
     """Tokens found in the prefix cache when the sequence first ran; -1 before."""
@@ -48,9 +53,10 @@ class Sequence:
 
     @property
     def num_wanted(self) -> int:
-        """Known tokens that are not computed; none for a sequence that pending tokens have brought to its full length."""
+        """Known tokens that are not computed; none for a sequence that pending tokens have brought to its full length, or
+        that waits for what becomes of its draft."""
         known = len(self.tokens) + self.num_pending
-        if self.offered or (self.num_pending and known >= self.max_length):
+        if self.offered or self.num_drafts or (self.num_pending and known >= self.max_length):
             return 0
         return known - self.num_computed
 

@@ -13,13 +13,20 @@ class Chunk(NamedTuple):
     """Consecutive tokens of one sequence. tokens: PLACEHOLDER where an earlier step, still in flight, draws the token.
     blocks: the table that covers start + len(tokens) positions; an array, as it goes to the device without a loop, and never
     changed, as steps may be in flight. draws: the sequences whose next token is drawn from the last row (several when a
-    prompt's samples part, none inside a prompt)."""
+    prompt's samples part, none inside a prompt). drafts: so many last tokens are only guessed; then a token is drawn from each
+    of them and from the token before them, and counts as long as the tokens before it are those that were drawn."""
 
     sequence: int
     start: int
     tokens: tuple[int, ...]
     blocks: array[int]
     draws: tuple[int, ...]
+    drafts: int = 0
+
+    @property
+    def draft(self) -> tuple[int, ...]:
+        """The guessed tokens."""
+        return self.tokens[len(self.tokens) - self.drafts :]
 
 
 @dataclass(frozen=True)

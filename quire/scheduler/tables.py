@@ -28,8 +28,8 @@ class Tables:
         return -(-tokens // self._limits.block_size)
 
     def promised(self, sequence: Sequence) -> int:
-        """Blocks that the sequence has yet to take for what is known of it."""
-        return self.blocks_for(sequence.num_known) - len(sequence.blocks)
+        """Blocks that the sequence has yet to take for what is known of it; drafts may have taken more."""
+        return max(0, self.blocks_for(sequence.num_known) - len(sequence.blocks))
 
     # -- growth and sharing -------------------------------------------------------------------------------------------
 
@@ -53,6 +53,16 @@ class Tables:
         for _ in range(missing):
             blocks.append(pool.take())
         return True
+
+    def shrink(self, sequence: Sequence, length: int) -> None:
+        """Only the first `length` tokens count as computed: what was written behind them was a guess. Blocks that held nothing
+        else go back. No change for a sequence that has lost its blocks meanwhile."""
+        if length >= sequence.num_computed:
+            return
+        sequence.num_computed, kept = length, self.blocks_for(length)
+        if kept < len(sequence.blocks):
+            self._pool.release_all(sequence.blocks[kept:])
+            sequence.blocks = sequence.blocks[:kept]
 
     def share(self, parent: Sequence, child: Sequence) -> None:
         """The child begins with all that the parent has computed."""

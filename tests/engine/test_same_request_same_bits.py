@@ -1,5 +1,5 @@
 """The second promise: tokens and log-probabilities do not depend on what else is in the batch, on chunking, on prefix-cache
-hits, on preemption or on streaming."""
+hits, on preemption, on streaming or on drafts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from quire.request import CompletionOutput, EngineRequest, RequestOutput, Reques
 
 REQUESTS = 200
 ABORTED = 25
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
 def draw_requests(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
-    """Mixed lengths, seeds, n, penalties, filters, log-probabilities and stops; half the prompts share a prefix."""
+    """Mixed lengths, seeds, n, penalties, filters, log-probabilities and stops; half the prompts share a prefix, and a third of
+    the texts have so few words that drafts often come true."""
     prefixes = [[rng.randrange(2, 320) for _ in range(length)] for length in (16, 33, 64, 90)]
     drawn = []
     for number in range(REQUESTS):
@@ -35,13 +37,15 @@ def draw_requests(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
             presence_penalty=rng.choice([0.0, 0.5]),
             frequency_penalty=rng.choice([0.0, -0.5]),
             seed=number * 7919,
-            max_tokens=rng.randint(1, 40),
-            min_tokens=rng.choice([0, 0, 1]),
+            max_tokens=rng.randint(5, 40),
+            min_tokens=rng.choice([0, 0, 1, 5]),
             logprobs=rng.choice([None, 0, 1, 5]),
             prompt_logprobs=rng.choice([None] * 9 + [2]),
             stop_token_ids=[rng.randrange(2, 320)] if rng.random() < 0.3 else None,
             stop=["th"] if rng.random() < 0.1 else None,
             logit_bias={rng.randrange(2, 320): 5.0} if rng.random() < 0.1 else None,
+            allowed_token_ids=[1, *rng.sample(range(2, 320), rng.choice([1, 2, 4]))] if rng.random() < 0.35 else None,
+            bad_words=["the"] if rng.random() < 0.1 else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         drawn.append((prompt, params))
@@ -81,10 +85,19 @@ def run_crowd(llm: LLM, requests: list, rng: random.Random) -> tuple[dict[str, R
     return outputs, aborted
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_hundred_requests_in_a_crowd_equal_their_solo_runs(tiny_llama: Path, dtype: str) -> None:
-    rng = random.Random(1)
-    requests = draw_requests(rng)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def alone(request: pytest.FixtureRequest, tiny_llama: Path) -> tuple[str, list, list[RequestOutput]]:
+    """(dtype, the requests, the output of each when it has the engine for itself)."""
+    requests = draw_requests(random.Random(1))
+    solo = LLM(str(tiny_llama), dtype=request.param, max_model_len=192, enable_prefix_caching=False)
+    return request.param, requests, [solo.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
+
+
+@pytest.mark.parametrize("drafts", [None, DRAFTS], ids=["one by one", "with drafts"])
+def test_two_hundred_requests_in_a_crowd_equal_their_solo_runs(
+    tiny_llama: Path, alone: tuple[str, list, list[RequestOutput]], drafts: dict[str, object] | None
+) -> None:
+    dtype, requests, expectations = alone
     crowd = LLM(
         str(tiny_llama),
         dtype=dtype,
@@ -92,23 +105,24 @@ def test_two_hundred_requests_in_a_crowd_equal_their_solo_runs(tiny_llama: Path,
         max_num_batched_tokens=64,
         max_num_seqs=24,
         num_gpu_blocks_override=40,
+        speculative_config=drafts,
     )
-    solo = LLM(str(tiny_llama), dtype=dtype, max_model_len=192, enable_prefix_caching=False)
-    outputs, aborted = run_crowd(crowd, requests, rng)
+    outputs, aborted = run_crowd(crowd, requests, random.Random(2))
 
     counters, pool = crowd._engine.scheduler.counters, crowd._engine.scheduler.pool
+    speculated = crowd._engine.scheduler.speculated
+    assert drafts is None or min(speculated.accepted, speculated.draft_tokens - speculated.accepted) > 50
     assert counters.preemptions > 20
     assert counters.prefix_hits > 500
     assert len(aborted) > 5
     assert pool.num_held == 0
-    for number, (prompt, params) in enumerate(requests):
-        (expected,) = solo.generate([prompt], params, use_tqdm=False)
+    for number, expected in enumerate(expectations):
         got = outputs[f"r{number}"]
         if f"r{number}" in aborted:
-            for ours, alone in zip(got.outputs, expected.outputs, strict=True):
+            for ours, whole in zip(got.outputs, expected.outputs, strict=True):
                 count = len(ours.token_ids)
-                assert ours.token_ids == alone.token_ids[:count]
-                assert alone.logprobs is None or ours.logprobs == alone.logprobs[:count]
+                assert ours.token_ids == whole.token_ids[:count]
+                assert whole.logprobs is None or ours.logprobs == whole.logprobs[:count]
             continue
         assert [facts(sample) for sample in got.outputs] == [facts(sample) for sample in expected.outputs], number
         assert got.prompt_logprobs == expected.prompt_logprobs, number

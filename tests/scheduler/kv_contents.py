@@ -1,7 +1,7 @@
 """A device without tensors: it keeps, for every slot of every block, which history of tokens the slot was computed from.
 
 It executes steps as a runner would (copies, then all writes, then all reads, then draws) and asserts that each token finds
-exactly its own sequence's history in its table. Knows the scheduler only through steps and sequences.
+exactly its own sequence's history in its table. Drafts are written as they are, right or wrong, and verified by drawing. Knows the scheduler only through steps and sequences.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ Draw = Callable[[tuple[int, ...], int], int]
 
 
 def draw(history: tuple[int, ...], sample: int) -> int:
-    """The next token: a function of the sequence's own tokens and of which sample it is, of nothing else."""
-    return zlib.crc32(bytes((*history, 255, sample))) % ALPHABET
+    """The next token: a function of the sequence's own tokens and of which sample it is, of nothing else. It often repeats what
+    stood two tokens before, so that drafts come true."""
+    number = zlib.crc32(bytes((*history, 255, sample)))
+    return history[-2] if number & 768 and len(history) > 1 else number % ALPHABET
+
+
+def _verify(history: list[int], draft: tuple[int, ...], sample: int) -> list[int]:
+    """The tokens drawn one after the other, as long as the draft foresaw them, and the first that it did not."""
+    drawn: list[int] = []
+    while len(drawn) <= len(draft) and tuple(drawn) == draft[: len(drawn)]:
+        drawn.append(draw((*history, *drawn), sample))
+    return drawn
 
 
 class Histories:
@@ -64,7 +74,7 @@ class Device:
         """A sequence that the host has made: a request's first, or a beam's child."""
         self._learn(sequence.id, sequence.group.root, sequence.tokens)
 
-    def run(self, step: Step, scheduler: Scheduler, admitted: set[int]) -> dict[int, int]:
+    def run(self, step: Step, scheduler: Scheduler, admitted: set[int]) -> dict[int, list[int]]:
         """Execute; returns what was drawn. admitted: sequences that have entered with this step."""
         for source, target in step.copies:
             assert 1 <= source <= self.num_blocks
@@ -76,27 +86,31 @@ class Device:
             assert chunk.sequence in self.truths, "a sequence is planned in the step that draws its first token"
             self._write(chunk, written)
         for chunk in step.chunks:
-            self.check_view(chunk.sequence, chunk.blocks, chunk.start + len(chunk.tokens))
+            self._check_view(chunk.sequence, chunk.blocks, self._history(chunk))
             if chunk.sequence in admitted:
                 assert self._age(chunk.blocks, chunk.start) == self.epoch, "a prefix was found after it was to be forgotten"
         drawn = {}
         for chunk in step.chunks:
             history = self.truths[chunk.sequence].tokens
-            assert not chunk.draws or len(history) == chunk.start + len(chunk.tokens), "a draw inside the known tokens"
+            known = chunk.start + len(chunk.tokens) - chunk.drafts
+            assert not chunk.draws or len(history) == known, "a draw inside the known tokens"
             for number in chunk.draws:
                 sequence = scheduler.sequence(number)
                 assert sequence is not None
                 if sequence.group.request.beam is None:
-                    drawn[number] = draw(tuple(history), sequence.index)
+                    drawn[number] = _verify(history, chunk.draft, sequence.index)
                     self._learn(number, sequence.group.root, history)
-        for number, token in drawn.items():
-            self._append(number, token)
+        for number, tokens in drawn.items():
+            for token in tokens:
+                self._append(number, token)
         return drawn
 
     def check_view(self, number: int, blocks: tuple[int, ...] | list[int], length: int) -> None:
         """Assert that a table holds its sequence's first `length` tokens and nothing else."""
-        history = self.truths[number].history
-        for position in range(length):
+        self._check_view(number, blocks, self.truths[number].history[: max(0, length)])
+
+    def _check_view(self, number: int, blocks: tuple[int, ...] | list[int], history: list[int]) -> None:
+        for position in range(len(history)):
             slot = self._slots.get((blocks[position // self.block_size], position % self.block_size))
             assert slot is not None, f"position {position} of sequence {number} was never written"
             assert slot[0] == history[position], f"position {position} of sequence {number} holds another history"
@@ -104,6 +118,7 @@ class Device:
     def check_keys(self, block_of: dict[bytes, int]) -> None:
         """Assert that each block that can be found by a key holds what the key says, in all its slots."""
         for key, block in block_of.items():
+            assert key in self.meaning, f"block {block} is findable under a key of what no sequence consists of"
             slot = self._slots[block, self.block_size - 1]
             assert slot[0] == self.meaning[key], f"block {block} is findable under a key of other content"
 
@@ -120,15 +135,23 @@ class Device:
             self.meaning[truth.keys[-1]] = truth.history[-1]
 
     def _write(self, chunk: Chunk, written: set[tuple[int, int]]) -> None:
-        truth, end = self.truths[chunk.sequence], chunk.start + len(chunk.tokens)
+        truth, end, history = self.truths[chunk.sequence], chunk.start + len(chunk.tokens), self._history(chunk)
         assert len(chunk.blocks) == -(-end // self.block_size), "the table does not cover the chunk exactly"
         assert all(1 <= block <= self.num_blocks for block in chunk.blocks)
         for position, token in enumerate(chunk.tokens, chunk.start):
-            assert token in (PLACEHOLDER, truth.tokens[position]), "a chunk with another sequence's token"
+            if position < end - chunk.drafts:
+                assert token in (PLACEHOLDER, truth.tokens[position]), "a chunk with another sequence's token"
             slot = (chunk.blocks[position // self.block_size], position % self.block_size)
             assert slot not in written, "two tokens in one slot"
             written.add(slot)
-            self._put(slot, (truth.history[position], min(self.epoch, self._age(chunk.blocks, position))))
+            self._put(slot, (history[position], min(self.epoch, self._age(chunk.blocks, position))))
+
+    def _history(self, chunk: Chunk) -> list[int]:
+        """What the chunk's table is to hold when its tokens are written: the sequence's own history, then the draft's."""
+        history = self.truths[chunk.sequence].history[: chunk.start + len(chunk.tokens) - chunk.drafts]
+        for token in chunk.draft:
+            history.append(self._histories.extend(history[-1], token))
+        return history
 
     def _age(self, blocks: tuple[int, ...], length: int) -> int:
         """Epoch of the oldest of the first `length` slots."""

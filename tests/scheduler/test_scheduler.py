@@ -39,7 +39,7 @@ def add(scheduler: Scheduler, prompt: int | list[int], max_tokens: int = 8, **fi
 def run(scheduler: Scheduler, token: int = 7) -> Step:
     """One step, every draw giving `token`."""
     step = scheduler.schedule()
-    scheduler.update(step, {number: token for chunk in step.chunks for number in chunk.draws})
+    scheduler.update(step, {number: [token] for chunk in step.chunks for number in chunk.draws})
     return step
 
 
@@ -196,7 +196,7 @@ def test_steps_are_planned_before_their_tokens_are_known() -> None:
     steps = [scheduler.schedule() for _ in range(4)]
     assert [step and step.chunks[0].tokens for step in steps[1:]] == [(PLACEHOLDER,), (PLACEHOLDER,), None]
     for token, step in enumerate(steps[:3], 50):
-        scheduler.update(step, {sequence.id: token})
+        scheduler.update(step, {sequence.id: [token]})
     assert sequence.tokens[3:] == [50, 51, 52]
 
 
@@ -208,7 +208,7 @@ def test_a_sequence_whose_last_token_is_in_flight_holds_nobody_up() -> None:
     assert scheduler.schedule().preempted == (ending.id,)
     third = add(scheduler, 2, max_tokens=1)
     assert set(sizes(scheduler.schedule())) == {first.id, third.id}
-    assert scheduler.update(step, {first.id: 7, ending.id: 8}) == [first, ending]
+    assert scheduler.update(step, {first.id: [7], ending.id: [8]}) == [first, ending]
     assert ending.tokens[-1] == 8
 
 
@@ -252,7 +252,7 @@ def test_aborts_in_every_state_return_every_block() -> None:
     for request in (running, chunked, waiting):
         step = scheduler.schedule()
         scheduler.abort(request.group.request.request_id)
-        scheduler.update(step, {number: 7 for chunk in step.chunks for number in chunk.draws})
+        scheduler.update(step, {number: [7] for chunk in step.chunks for number in chunk.draws})
         scheduler.pool.check()
     scheduler.abort("never heard of")
     assert not scheduler.has_work()

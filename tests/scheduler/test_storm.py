@@ -21,18 +21,27 @@ from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Limits, Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.step import Step
+from quire.scheduler.tables import NEVER
+from quire.speculation import Speculation
 from tests.scheduler.kv_contents import ALPHABET, Device, draw
 
-EXAMPLES, RULES, LEAST = 320, 55, 10_000
+EXAMPLES, RULES, LEAST, LEAST_DRAFTED = 320, 55, 10_000, 500
 MAX_MODEL_LEN = 48
 STOP = ALPHABET  # only beams draw it
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+DRAFTS = st.builds(
+    Speculation,
+    num_speculative_tokens=st.integers(1, 5),
+    prompt_lookup_min=st.integers(1, 2),
+    prompt_lookup_max=st.integers(2, 4),
+    most_rows=st.sampled_from([2, 4, 8, 32]),
+)
 Candidates = tuple[tuple[int, float], ...]
 
 
 def is_last(tokens: list[int], prompt: int, max_tokens: int) -> bool:
-    """Whether a sample ends here: a quarter of all histories end by themselves."""
-    return len(tokens) - prompt >= max_tokens or zlib.crc32(bytes(tokens)) % 4 == 0
+    """Whether a sample ends here: a sixth of all histories end by themselves."""
+    return len(tokens) - prompt >= max_tokens or zlib.crc32(bytes(tokens)) % 6 == 0
 
 
 def offers(tokens: list[int], width: int) -> Candidates:
@@ -86,7 +95,7 @@ def new_search(request: EngineRequest, first: int) -> BeamSearch:
 class Storm(RuleBasedStateMachine):
     """One engine's worth of scheduler, with up to three steps in flight."""
 
-    operations = 0
+    operations = accepted = refuted = 0
 
     @initialize(
         num_blocks=st.integers(5, 24),
@@ -96,6 +105,7 @@ class Storm(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 1, 5]),
         policy=st.sampled_from(["fcfs", "priority"]),
         prefix_caching=st.sampled_from([True, True, False]),
+        speculation=st.one_of(DRAFTS, DRAFTS, st.none()),
     )
     def begin(
         self,
@@ -106,13 +116,14 @@ class Storm(RuleBasedStateMachine):
         threshold: int,
         policy: str,
         prefix_caching: bool,
+        speculation: Speculation | None,
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        limits = Limits(max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching)
+        limits = Limits(max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching, speculation)
         self.scheduler = Scheduler(limits, self.pool, lambda request: root_key("model", cache_salt=request.cache_salt))
         self.device = Device(num_blocks, block_size)
         self.jobs: dict[str, Job] = {}
-        self.in_flight: deque[tuple[Step, dict[int, int], dict[int, Candidates]]] = deque()
+        self.in_flight: deque[tuple[Step, dict[int, list[int]], dict[int, Candidates]]] = deque()
         self.added = 0
 
     # -- rules --------------------------------------------------------------------------------------------------------
@@ -201,9 +212,16 @@ class Storm(RuleBasedStateMachine):
         for sequence in self._sequences():
             truth = self.device.truths[sequence.id].tokens
             assert sequence.tokens == truth[: len(sequence.tokens)]
-            assert len(sequence.tokens) + sequence.num_pending == len(truth)
-            assert sequence.num_computed <= len(truth)
-            self.device.check_view(sequence.id, sequence.blocks, sequence.num_computed)
+            if sequence.num_drafts:  # how many tokens it has, only the device knows
+                assert len(sequence.tokens) + sequence.num_pending <= len(truth)
+                assert sequence.num_wanted == 0
+            else:
+                assert len(sequence.tokens) + sequence.num_pending == len(truth)
+                assert len(sequence.blocks) == -(-sequence.num_computed // self.device.block_size), "blocks of nothing"
+            verified = sequence.num_computed - sequence.num_drafts
+            assert verified <= len(truth)
+            assert sequence.num_registered * self.device.block_size <= max(0, verified) or sequence.num_registered == NEVER
+            self.device.check_view(sequence.id, sequence.blocks, verified)
         self.device.check_keys(self.pool._block_of)
 
     @invariant()
@@ -236,6 +254,8 @@ class Storm(RuleBasedStateMachine):
         assert self.pool.num_held == 0
         assert self.pool.num_free == self.pool.num_blocks
         assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.backlog() == 0
+        Storm.accepted += self.scheduler.speculated.accepted
+        Storm.refuted += self.scheduler.speculated.draft_tokens - self.scheduler.speculated.accepted
 
     # -- the engine's part --------------------------------------------------------------------------------------------
 
@@ -290,7 +310,24 @@ class Storm(RuleBasedStateMachine):
         assert len(numbers) == len(set(numbers)), "a sequence twice in a step"
         assert set(numbers) <= after
         threshold = limits.long_prefill_token_threshold
-        assert all(0 < len(chunk.tokens) <= (threshold or len(chunk.tokens)) for chunk in step.chunks)
+        known = [len(chunk.tokens) - chunk.drafts for chunk in step.chunks]
+        assert all(0 < count <= (threshold or count) for count in known)
+        self._check_drafts(step)
+
+    def _check_drafts(self, step: Step) -> None:
+        """Drafts take what nobody else wants."""
+        speculation = self.scheduler.limits.speculation
+        drafted = [chunk for chunk in step.chunks if chunk.drafts]
+        if not drafted:
+            return
+        assert not step.preempted
+        assert step.num_tokens <= speculation.most_rows
+        for chunk in drafted:
+            assert chunk.drafts <= speculation.num_speculative_tokens
+            assert chunk.draws == (chunk.sequence,)
+            sequence = self.scheduler.sequence(chunk.sequence)
+            assert sequence.group.request.beam is None
+            assert len(sequence.tokens) + chunk.drafts < sequence.max_length
 
     def _check_order(self, step: Step, admitted: set[int], existed: set[int]) -> None:
         """Nobody enters while one before it has something to compute and waits; who gives way comes after all who stay."""
@@ -309,9 +346,12 @@ class Storm(RuleBasedStateMachine):
             self._offer(number, offered)
         for sequence in self.scheduler.update(step, drawn):
             job = self.jobs[sequence.group.request.request_id]
-            if is_last(sequence.tokens, len(job.prompt), job.request.params.max_tokens):
-                job.done[sequence.index] = list(sequence.tokens)
-                self._finish(job, sequence)
+            for missing in reversed(range(len(drawn[sequence.id]))):
+                tokens = sequence.tokens[: len(sequence.tokens) - missing]
+                if is_last(tokens, len(job.prompt), job.request.params.max_tokens):
+                    job.done[sequence.index] = tokens
+                    self._finish(job, sequence)
+                    break
 
     def _finish(self, job: Job, sequence: Sequence) -> None:
         self.scheduler.finish(sequence.id)
@@ -343,7 +383,7 @@ class Storm(RuleBasedStateMachine):
 
 
 def test_storm() -> None:
-    Storm.operations = 0
+    Storm.operations = Storm.accepted = Storm.refuted = 0
     run_state_machine_as_test(
         Storm,
         settings=settings(
@@ -356,3 +396,4 @@ def test_storm() -> None:
         ),
     )
     assert Storm.operations >= LEAST
+    assert min(Storm.accepted, Storm.refuted) >= LEAST_DRAFTED
