@@ -28,7 +28,7 @@ constexpr int MOST_ROWS = 3;
 constexpr int MOST_ROWS = 1;
 #endif
 constexpr int64_t BLOCK_INPUTS = 1024;  // inputs between two store-aways: a decoded block takes half of a small L2
-constexpr int64_t BLOCK_ROWS = 96;      // rows that pass over a decoded block
+constexpr int64_t BLOCK_TILES = 8;      // tiles that pass over a block of a panel one after the other
 constexpr int AHEAD = 1024;             // bytes between a read and its prefetch
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -177,27 +177,46 @@ struct Cut {
     int rows(int64_t t) const { return int(small + (t < larger)); }
 };
 
+// One call: rows of x, and the weights that they are multiplied by, all of one form, type, number of inputs and group size.
 struct Product {
-    const quire_weight *weight;
+    int count;
+    const quire_weight *const *weights;
     int type;
     int64_t rows;
     const uint8_t *x;
     int64_t x_stride;
-    const void *bias;
-    uint8_t *y;
-    int64_t y_stride;
+    const void *const *biases;
+    void *const *ys;
+    const int64_t *y_strides;
 
     const void *row(int64_t r) const { return x + r * x_stride * bytes_of(type); }
-    // Scales (dense), bias, and the row's own type: sums [32] of row r and panel p into y.
-    void finish(int64_t r, int64_t p, float *sums) const {
-        int64_t start = p * PANEL, count = std::min<int64_t>(PANEL, weight->outputs - start);
-        if (weight->form == QUIRE_DENSE && weight->scales)
-            for (int o = 0; o < count; o++) sums[o] *= weight->scales[start + o];
-        if (bias)
-            for (int o = 0; o < count; o++) sums[o] += element(type, bias, start + o);
-        floats_to_row(type, sums, count, y + (r * y_stride + start) * bytes_of(type));
+    // Scales (dense), bias, and the row's own type: sums [32] of row r and panel p of weight w into its y.
+    void finish(int w, int64_t r, int64_t p, float *sums) const {
+        const quire_weight &weight = *weights[w];
+        int64_t start = p * PANEL, count = std::min<int64_t>(PANEL, weight.outputs - start);
+        if (weight.form == QUIRE_DENSE && weight.scales)
+            for (int o = 0; o < count; o++) sums[o] *= weight.scales[start + o];
+        if (biases[w])
+            for (int o = 0; o < count; o++) sums[o] += element(type, biases[w], start + o);
+        floats_to_row(type, sums, count, static_cast<uint8_t *>(ys[w]) + (r * y_strides[w] + start) * bytes_of(type));
     }
+    // Runs body(weight, first panel, end, block) in parallel over all panels of all weights, and over `blocks` blocks of
+    // rows; at most `most` tasks of consecutive panels for each weight and block.
+    template <class Body> void over_panels(int64_t blocks, int64_t most, const Body &body) const {
+        int64_t tasks = 0;
+        for (int w = 0; w < count; w++) tasks += std::min(panels(w), most);
+        quire::parallel(tasks * blocks, [&](int64_t number) {
+            int64_t task = number % tasks;
+            int w = 0;
+            for (; task >= std::min(panels(w), most); w++) task -= std::min(panels(w), most);
+            const int64_t parts = std::min(panels(w), most);
+            body(w, panels(w) * task / parts, panels(w) * (task + 1) / parts, number / tasks);
+        });
+    }
+    int64_t panels(int w) const { return up(weights[w]->outputs, PANEL) / PANEL; }
 };
+
+constexpr int64_t FEW_ROWS_TASKS = 64;  // long runs of panels for each thread, and enough runs to even out
 
 // ---- dense -----------------------------------------------------------------------------------------------------------
 
@@ -214,10 +233,7 @@ template <class Weights> const uint8_t *decoded(const uint8_t *from, int64_t inp
 }
 
 template <class Weights> void dense(const Product &product) {
-    const quire_weight &weight = *product.weight;
-    const int64_t inputs = weight.inputs, panels = up(weight.outputs, PANEL) / PANEL;
-    const int64_t panel_bytes = inputs * Weights::BYTES;
-    auto data = static_cast<const uint8_t *>(weight.data);
+    const int64_t inputs = product.weights[0]->inputs, panel_bytes = inputs * Weights::BYTES;
     const Cut cut(product.rows);
 
     // x as floats, tile by tile, [inputs, rows of the tile].
@@ -236,33 +252,31 @@ template <class Weights> void dense(const Product &product) {
     if (cut.tiles == 1) {
         const int rows = int(product.rows), together = panels_for(rows);
         const Tile several = tile_for<Weights>(rows, together), single = tile_for<Weights>(rows, 1);
-        const int64_t groups = panels / together, tasks = std::max<int64_t>(1, std::min<int64_t>(groups, 64));
-        quire::parallel(tasks + (panels % together ? 1 : 0), [&](int64_t task) {
+        product.over_panels(1, FEW_ROWS_TASKS, [&](int w, int64_t p, int64_t end, int64_t) {
             alignas(64) float acc[MOST_ROWS * 4 * PANEL];
-            const bool last = task == tasks;
-            const int width = last ? 1 : together;
-            const int64_t end = last ? panels : groups * (task + 1) / tasks * together;
-            for (int64_t p = last ? groups * together : groups * task / tasks * together; p < end; p += width) {
+            auto data = static_cast<const uint8_t *>(product.weights[w]->data);
+            while (p < end) {
+                const int width = p + together <= end ? together : 1;
                 std::fill(acc, acc + rows * width * PANEL, 0.0f);
-                (last ? single : several)(inputs, x, data + p * panel_bytes, panel_bytes, acc);
+                (width == 1 ? single : several)(inputs, x, data + p * panel_bytes, panel_bytes, acc);
                 for (int r = 0; r < rows; r++)
-                    for (int w = 0; w < width; w++) product.finish(r, p + w, acc + (r * width + w) * PANEL);
+                    for (int i = 0; i < width; i++) product.finish(w, r, p + i, acc + (r * width + i) * PANEL);
+                p += width;
             }
         });
         return;
     }
 
     using Shared = std::conditional_t<(Weights::BYTES < PANEL * 2), Dense<QUIRE_F32>, Weights>;
-    const int64_t tiles_in_block = std::max<int64_t>(1, BLOCK_ROWS / MOST_ROWS);
-    const int64_t row_blocks = (cut.tiles + tiles_in_block - 1) / tiles_in_block;
-    quire::parallel(row_blocks * panels, [&](int64_t task) {
-        const int64_t p = task % panels, first = task / panels * tiles_in_block;
-        const int64_t last = std::min(cut.tiles, first + tiles_in_block), row = cut.start(first);
-        auto acc = static_cast<float *>(quire::scratch(2, BLOCK_ROWS * PANEL * 4));
+    const int64_t row_blocks = (cut.tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    product.over_panels(row_blocks, INT64_MAX, [&](int w, int64_t p, int64_t, int64_t block) {
+        const int64_t first = block * BLOCK_TILES, last = std::min(cut.tiles, first + BLOCK_TILES), row = cut.start(first);
+        auto data = static_cast<const uint8_t *>(product.weights[w]->data) + p * panel_bytes;
+        alignas(64) float acc[BLOCK_TILES * MOST_ROWS * PANEL];
         std::fill(acc, acc + (cut.start(last) - row) * PANEL, 0.0f);
         for (int64_t begin = 0; begin < inputs; begin += BLOCK_INPUTS) {
             const int64_t count = std::min(BLOCK_INPUTS, inputs - begin);
-            const uint8_t *part = data + p * panel_bytes + begin * Weights::BYTES;
+            const uint8_t *part = data + begin * Weights::BYTES;
             if (Weights::BYTES < PANEL * 2) part = decoded<Weights>(part, count);
             for (int64_t t = first; t < last; t++) {
                 const int rows = cut.rows(t);
@@ -270,7 +284,7 @@ template <class Weights> void dense(const Product &product) {
                 multiply(count, x + cut.start(t) * inputs + begin * rows, part, 0, acc + (cut.start(t) - row) * PANEL);
             }
         }
-        for (int64_t r = row; r < cut.start(last); r++) product.finish(r, p, acc + (r - row) * PANEL);
+        for (int64_t r = row; r < cut.start(last); r++) product.finish(w, r, p, acc + (r - row) * PANEL);
     });
 }
 
@@ -364,6 +378,16 @@ void integer_tile(int64_t quads, const int8_t *x, const uint8_t *w, int32_t *acc
         for (int v = 0; v < PARTS; v++) store(acc + (r * PARTS + v) * LANES, sums[r][v]);
 }
 
+// sums[o] += (acc[o] - zeros[o] * sum) * (scale * scales[o]) for one row and panel.
+template <bool INT4>
+INLINE void add_group(const int32_t *acc, int32_t sum, float scale, const uint8_t *zeros, const float *scales, float *sums) {
+    for (int o = 0; o < PANEL; o += LANES) {
+        Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
+        Floats part = to_float(load<Ints>(acc + o) - zero * sum) * (all(scale) * load<Floats>(scales + o));
+        store(sums + o, load<Floats>(sums + o) + part);
+    }
+}
+
 using IntegerTile = void (*)(int64_t, const int8_t *, const uint8_t *, int32_t *);
 
 template <bool INT4> IntegerTile integer_tile_for(int rows) {
@@ -376,63 +400,55 @@ template <bool INT4> IntegerTile integer_tile_for(int rows) {
 }
 
 template <bool INT4> void integer(const Product &product) {
-    const quire_weight &weight = *product.weight;
-    const int64_t inputs = weight.inputs, padded = up(inputs, INT4 ? 8 : 4);
-    const int64_t group = INT4 ? weight.group_size : inputs;
-    const int64_t panels = up(weight.outputs, PANEL) / PANEL, width = panels * PANEL;
-    const int64_t group_bytes = (INT4 ? group / 8 : padded / 4) * PANEL * 4;
-    auto data = static_cast<const uint8_t *>(weight.data);
+    const int64_t inputs = product.weights[0]->inputs, padded = up(inputs, INT4 ? 8 : 4);
+    const int64_t group = INT4 ? product.weights[0]->group_size : inputs;
+    const int64_t quads = (INT4 ? group : padded) / 4, group_bytes = quads / (INT4 ? 2 : 1) * PANEL * 4;
     const Cut cut(product.rows);
     const Quantized x = quantize(product, cut, inputs, padded, group);
 
-    // Tasks of several panels when there are few rows, so that each thread reads long runs.
-    const int64_t tasks = cut.tiles > 1 ? panels : std::min<int64_t>(panels, 64);
-    const int64_t tiles_in_block = cut.tiles > 1 ? std::max<int64_t>(1, BLOCK_ROWS / MOST_ROWS) : 1;
-    const int64_t row_blocks = (cut.tiles + tiles_in_block - 1) / tiles_in_block;
-    quire::parallel(row_blocks * tasks, [&](int64_t number) {
-        const int64_t task = number % tasks, first = number / tasks * tiles_in_block;
-        const int64_t last = std::min(cut.tiles, first + tiles_in_block);
+    const bool few = cut.tiles == 1;
+    const int64_t row_blocks = (cut.tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    product.over_panels(row_blocks, few ? FEW_ROWS_TASKS : INT64_MAX, [&](int w, int64_t p, int64_t end, int64_t block) {
+        const quire_weight &weight = *product.weights[w];
+        const int64_t first = block * BLOCK_TILES, last = std::min(cut.tiles, first + BLOCK_TILES);
+        const int64_t width = product.panels(w) * PANEL;
         alignas(64) int32_t acc[MOST_ROWS * PANEL];
         alignas(64) float sums[MOST_ROWS * PANEL];
-        for (int64_t p = panels * task / tasks; p < panels * (task + 1) / tasks; p++) {
-            const uint8_t *panel = data + p * group_bytes * x.groups;
+        for (; p < end; p++) {
+            const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * group_bytes * x.groups;
             for (int64_t t = first; t < last; t++) {
                 const int rows = cut.rows(t);
                 const IntegerTile multiply = integer_tile_for<INT4>(rows);
                 const int8_t *values = x.values + cut.start(t) * padded;
                 std::fill(sums, sums + rows * PANEL, 0.0f);
                 for (int64_t g = 0; g < x.groups; g++) {
-                    const int64_t quads = (INT4 ? group : padded) / 4;
                     multiply(quads, values + g * quads * 4 * rows, panel + g * group_bytes, acc);
                     const float *scales = weight.scales + (INT4 ? g * width : 0) + p * PANEL;
                     const uint8_t *zeros = INT4 ? weight.zeros + g * width + p * PANEL : nullptr;
                     for (int r = 0; r < rows; r++) {
                         const int64_t at = (cut.start(t) + r) * x.groups + g;
-                        const float s = x.scales[at];
-                        const int32_t sum = x.sums[at];
-                        for (int o = 0; o < PANEL; o += LANES) {
-                            Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
-                            Ints exact = load<Ints>(acc + r * PANEL + o) - zero * sum;
-                            Floats part = to_float(exact) * (all(s) * load<Floats>(scales + o));
-                            store(sums + r * PANEL + o, load<Floats>(sums + r * PANEL + o) + part);
-                        }
+                        add_group<INT4>(acc + r * PANEL, x.sums[at], x.scales[at], zeros, scales, sums + r * PANEL);
                     }
                 }
-                for (int r = 0; r < rows; r++) product.finish(cut.start(t) + r, p, sums + r * PANEL);
+                for (int r = 0; r < rows; r++) product.finish(w, cut.start(t) + r, p, sums + r * PANEL);
             }
         }
     });
 }
 
-int linear(const quire_weight *weight, int type, int64_t rows, const void *x, int64_t x_stride, const void *bias, void *y,
-           int64_t y_stride) {
+int linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
+            const void *const *biases, void *const *ys, const int64_t *y_strides) {
     if (type != QUIRE_F32 && type != QUIRE_BF16 && type != QUIRE_F16) return -1;
+    const quire_weight &first = *weights[0];
+    for (int w = 1; w < count; w++)
+        if (weights[w]->form != first.form || weights[w]->type != first.type || weights[w]->inputs != first.inputs ||
+            weights[w]->group_size != first.group_size)
+            return -1;
     if (rows == 0) return 0;
-    const Product product{weight,   type, rows,     static_cast<const uint8_t *>(x), x_stride,
-                          bias,     static_cast<uint8_t *>(y), y_stride};
-    if (weight->form == QUIRE_INT8) return integer<false>(product), 0;
-    if (weight->form == QUIRE_INT4) return integer<true>(product), 0;
-    switch (weight->type) {
+    const Product product{count, weights, type, rows, static_cast<const uint8_t *>(x), x_stride, biases, ys, y_strides};
+    if (first.form == QUIRE_INT8) return integer<false>(product), 0;
+    if (first.form == QUIRE_INT4) return integer<true>(product), 0;
+    switch (first.type) {
     case QUIRE_F32: return dense<Dense<QUIRE_F32>>(product), 0;
     case QUIRE_BF16: return dense<Dense<QUIRE_BF16>>(product), 0;
     case QUIRE_F16: return dense<Dense<QUIRE_F16>>(product), 0;
@@ -519,7 +535,7 @@ int weight_rows(const quire_weight *weight, int type, int64_t rows, const int64_
 
 void add_linear(quire::Kernels &kernels) {
     kernels.pack = pack;
-    kernels.linear = linear;
+    kernels.linears = linears;
     kernels.weight_rows = weight_rows;
 }
 

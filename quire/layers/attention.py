@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from quire import ops
 from quire.batch import Batch
+from quire.layers.linear import products
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -71,11 +72,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, E] -> q [T, H, D], k [T, K, D], v [T, K, D], before norm and rotation."""
         size = self.head_dim
-        return (
-            self.q_proj(x).view(-1, self.heads, size),
-            self.k_proj(x).view(-1, self.kv_heads, size),
-            self.v_proj(x).view(-1, self.kv_heads, size),
-        )
+        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        return q.view(-1, self.heads, size), k.view(-1, self.kv_heads, size), v.view(-1, self.kv_heads, size)
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         q, k, v = self.project(x)

@@ -38,10 +38,22 @@ class Linear(nn.Module):
             nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x)
+        return self.finish(x, ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x))
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the sockets after the product make of y."""
         if self.adapter is not None:
             y = self.adapter(x, y)
         return y if self.reduce is None else self.reduce(y)
 
     def extra_repr(self) -> str:
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"
+
+
+def products(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """[linear(x) for each]: in one call where their format knows how (`format.together(linears, x)`), to the same bits."""
+    kinds = {type(linear.format) for linear in linears}
+    together = getattr(linears[0].format, "together", None)
+    if len(kinds) > 1 or together is None:
+        return [linear(x) for linear in linears]
+    return [linear.finish(x, y) for linear, y in zip(linears, together(linears, x), strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quire import ops
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, products
 
 
 class GatedMLP(nn.Module):
@@ -19,4 +19,5 @@ class GatedMLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.gated_activation(self.gate_proj(x), self.up_proj(x), self.activation))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(ops.gated_activation(gate, up, self.activation))

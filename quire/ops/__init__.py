@@ -11,6 +11,7 @@ Letters: T tokens, S sequences, H heads, K kv heads, D head size, N blocks, B bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ OPERATIONS = (
     "linear",
     "pack",
     "packed_linear",
+    "packed_linears",
     "packed_rows",
     "embedding",
     "rms_norm",
@@ -55,6 +57,11 @@ def pack(weight: Weight) -> Any:
 def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     """x [T, I] times a packed weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype."""
     return selected().packed_linear(x, packed, bias)
+
+
+def packed_linears(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`packed_linear` of the same x with several weights: bit for bit the same, and x is prepared once."""
+    return selected().packed_linears(x, weights, biases)
 
 
 def packed_rows(ids: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:

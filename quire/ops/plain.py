@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.ops.reference import embedding, layer_norm, pack, packed_linear, packed_rows, paged_attention, rope, write_kv
+from quire.ops.reference import (
+    embedding,
+    layer_norm,
+    pack,
+    packed_linear,
+    packed_linears,
+    packed_rows,
+    paged_attention,
+    rope,
+    write_kv,
+)
 from quire.ops.reference import packed_attention as reference_packed_attention
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "packed_linear",
+    "packed_linears",
     "packed_rows",
     "paged_attention",
     "rms_norm",

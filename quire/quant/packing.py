@@ -6,7 +6,7 @@ Dense weights are packed where the chosen operations want it (`ops.packs_dense`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class PackedProduct:
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         return ops.packed_linear(x, self.packed, linear.bias)
 
+    @staticmethod
+    def together(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
+        """The same x times several linears of this format."""
+        return ops.packed_linears(x, [linear.format.packed for linear in linears], [linear.bias for linear in linears])
+
 
 class PackedTable:
     """An Embedding's `format`: rows of the packed weight that it shares with the head, as `dtype`."""
@@ -53,7 +58,7 @@ class Packing:
 
     def __init__(self, model: CausalLM, scheme: Scheme | None, dtype: torch.dtype, *, keep_dense: bool = False) -> None:
         self.model, self.scheme, self.dtype = model, scheme, dtype
-        self.packs_dense = not keep_dense and packs_dense()
+        self.packs_dense = not keep_dense and ops.packs_dense()
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
         self.tied = model.config.tie_word_embeddings
         self.table = next(name for name, module in model.named_modules() if module is model.table)
@@ -124,11 +129,6 @@ def set_packed(linear: Linear, packed: Any) -> None:
 def unused(name: str) -> bool:
     """Whether a stored tensor is one that quantized checkpoints have for what is calculated here as it comes (activations)."""
     return name.rpartition(".")[2] in UNUSED
-
-
-def packs_dense() -> bool:
-    """Whether the chosen operations want dense weights packed too."""
-    return bool(getattr(ops, "packs_dense", bool)())
 
 
 def packed_weights(model: nn.Module) -> Mapping[str, Any]:

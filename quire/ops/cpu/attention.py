@@ -133,8 +133,9 @@ def _attend(
 def _cache(keys: Tensor, values: Tensor, scales: Tensor | None) -> KvStruct:
     """Of keys, values [N, B, K, D]."""
     blocks, block, heads, size = keys.shape
-    assert keys.is_contiguous() and values.is_contiguous()
-    assert scales is None or scales.is_contiguous() and scales.dtype == torch.float32
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert scales is None or (scales.is_contiguous() and scales.dtype == torch.float32)
     token = heads * size
     return KvStruct(
         TYPES[keys.dtype],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from quire.ops.cpu.library import DENSE, INT4, INT8, TYPES, WeightStruct, address, call, library
 from quire.ops.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Weight
 
+_long, _pointer = ctypes.c_int64, ctypes.c_void_p
 PANEL = 32
 HUGE_PAGE = 1 << 21
 
@@ -27,6 +29,15 @@ class PackedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.struct.outputs, self.struct.inputs
+
+    @functools.cached_property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
+
+    @functools.cached_property
+    def family(self) -> tuple[int, ...]:
+        """Weights of one family can be multiplied in one call."""
+        return self.struct.form, self.struct.type, self.struct.inputs, self.struct.group_size
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +133,30 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         y.stride(0),
     )
     return y
+
+
+def packed_linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    if len({weight.family for weight in weights}) > 1 or any(weight.order is not None for weight in weights):
+        return [packed_linear(x, *one) for one in zip(weights, biases, strict=True)]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    biases = [bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype) for bias in biases]
+    ys = [x.new_empty(x.shape[0], weight.struct.outputs) for weight in weights]
+    count = len(weights)
+    pointers, numbers = _pointer * count, _long * count
+    call(
+        "linears",
+        count,
+        pointers(*(weight.address for weight in weights)),
+        TYPES[x.dtype],
+        x.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        pointers(*(address(bias) for bias in biases)),
+        pointers(*(y.data_ptr() for y in ys)),
+        numbers(*(y.stride(0) for y in ys)),
+    )
+    return ys
 
 
 def packed_rows(ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:

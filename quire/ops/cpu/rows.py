@@ -74,7 +74,9 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """`residual += x`, then `rms_norm(residual)`, with the same bits in one pass. residual and x [T, E] lie end to end. For
     serving alone: nothing here has a gradient."""
-    assert residual.is_contiguous() and residual.shape == x.shape and residual.dtype == x.dtype
+    assert residual.is_contiguous()
+    assert residual.shape == x.shape
+    assert residual.dtype == x.dtype
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(residual)
     size = residual.shape[-1]

@@ -2,7 +2,7 @@
 
 from quire.ops.reference.attention import packed_attention, paged_attention, write_kv
 from quire.ops.reference.linear import linear
-from quire.ops.reference.packed import pack, packed_linear, packed_rows
+from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_rows
 from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "packed_linear",
+    "packed_linears",
     "packed_rows",
     "paged_attention",
     "rms_norm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ def packed_linear(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tens
         case Fp8Weight(values, scales):
             y = linear(x.float(), values.float()) * scales
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def packed_linears(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [packed_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def packed_rows(ids: Tensor, packed: Weight, dtype: torch.dtype) -> Tensor:
