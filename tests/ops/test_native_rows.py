@@ -1,0 +1,202 @@
+"""The native row kernels on every instruction set that this machine can run: against float64, against the reference's bits
+where a formula has one meaning only, and row by row. Their outputs are poisoned with NaN before each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.ops import cpu, reference
+from quire.ops.cpu import library, rows
+from tests.ops.shapes import CHUNKS, borders, threads
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (1, 3, 16, 63, 80, 130, 896)
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+@pytest.fixture(params=library.isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = library.isa()
+    library.set_isa(request.param)
+    yield request.param
+    library.set_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN."""
+
+    def empty(*shape: int | torch.Size, dtype: torch.dtype) -> Tensor:
+        bad = torch.nan if dtype.is_floating_point else 77
+        return torch.full(shape[0] if isinstance(shape[0], torch.Size) else shape, bad, dtype=dtype)
+
+    monkeypatch.setattr(rows.torch, "empty", empty)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(got: Tensor, exact: Tensor, steps: float = 1.0, floor: float = 1e-6) -> None:
+    """Within `steps` roundings of the type, and `floor`, of the value; NaN nowhere."""
+    eps = torch.finfo(got.dtype).eps
+    error = (got.double() - exact).abs()
+    assert (error <= exact.abs() * (steps * eps + floor) + floor).all(), error.max()
+
+
+def assert_exact_by_row(compute: Callable[[Tensor], Tensor], count: int) -> None:
+    """compute(numbers of rows): any rows, in any order, by any number of threads."""
+    every = torch.arange(count)
+    with threads(1):
+        expected = compute(every)
+    for number in (1, 2):
+        with threads(number):
+            assert torch.equal(compute(every), expected)
+            for chunks in CHUNKS[::2]:
+                for start, end in borders(count, chunks):
+                    assert torch.equal(compute(every[start:end]), expected[start:end])
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(number))
+            assert torch.equal(compute(order), expected[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_norms(size: int, dtype: torch.dtype) -> None:
+    x = random(37, size, dtype=dtype) * 3 + 0.5
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    for kind in (dtype, torch.float32):
+        weight, bias = (random(size, seed=n, dtype=kind) for n in (1, 2))
+        root = (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        assert_near(cpu.rms_norm(x, weight, 1e-5, 1.0), wide / root * (1 + weight.double()), floor=2e-6)
+        exact = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+        assert_near(cpu.layer_norm(x, weight, bias, 1e-3), exact * weight.double() + bias.double(), floor=1e-5)
+        assert_near(cpu.layer_norm(x, None, None, 1e-3), exact, floor=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_row_by_row(dtype: torch.dtype) -> None:
+    for size in (77, 896):
+        x, weight = random(131, size + 3, dtype=dtype)[:, :size], random(size, seed=1, dtype=dtype)
+        assert_exact_by_row(lambda n: cpu.rms_norm(x[n], weight, 1e-6), len(x))  # noqa: B023
+        assert_exact_by_row(lambda n: cpu.layer_norm(x[n], weight, weight, 1e-6), len(x))  # noqa: B023
+        assert torch.equal(cpu.rms_norm(x, weight, 1e-6), cpu.rms_norm(x.contiguous(), weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_sum_and_norm_at_once(size: int, dtype: torch.dtype) -> None:
+    residual, x, weight = (random(131, size, seed=n, dtype=dtype) for n in range(3))
+    weight = weight[0]
+    expected = residual + x
+    for count in (1, 2):
+        with threads(count):
+            got = residual.clone()
+            out = cpu.add_rms_norm(got, x, weight, 1e-6, 1.0)
+            assert torch.equal(got, expected)
+            assert torch.equal(out, cpu.rms_norm(expected, weight, 1e-6, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half,size", [(1, 2), (3, 14), (6, 12), (16, 80), (32, 64), (64, 128)])
+def test_rope_is_the_reference_to_the_bit(half: int, size: int, dtype: torch.dtype) -> None:
+    angles = random(50, half) * 100
+    wide = random(50, 5, size + 1, dtype=dtype)
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    for x in (wide[..., :size], wide[:, 1:3, :size], wide[..., :size].contiguous()):
+        assert torch.equal(cpu.rope(x, cos, sin), reference.rope(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(kind: str, dtype: torch.dtype) -> None:
+    x = torch.cat([random(61, 77) * 3, torch.linspace(-120, 120, 10 * 77).view(10, 77)]).to(dtype)
+    most = 1e3 if dtype == torch.float16 else 1e30
+    edges = torch.tensor([0.0, -0.0, 88.0, 89.0, -88.0, -89.0, most, -most, 0.625, -0.625, 1.303, -1.303, 5.6]).to(dtype)
+    x = torch.cat([x, edges.repeat(77).view(13, 77)])
+    exact = KINDS[kind](x.double())
+    assert_near(cpu.activation(x, kind), exact, floor=1e-6)
+    other = random(*x.shape, seed=1, dtype=dtype)
+    assert_near(cpu.gated_activation(x, other, kind), exact * other.double(), floor=1e-6)
+
+
+def test_activations_of_what_is_not_finite() -> None:
+    x = torch.tensor([[torch.inf, -torch.inf, torch.nan]])
+    for kind in KINDS:
+        got, expected = cpu.activation(x, kind), reference.activation(x, kind)
+        assert torch.equal(got.isnan(), expected.isnan()), kind
+        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_row_by_row(kind: str, dtype: torch.dtype) -> None:
+    for size in (1, 77, 1024):
+        both = random(131, 2 * size, dtype=dtype) * 4
+        gate, up = both[:, :size], both[:, size:]
+        assert_exact_by_row(lambda n: cpu.gated_activation(gate[n], up[n], kind), len(both))  # noqa: B023
+        assert torch.equal(cpu.gated_activation(gate, up, kind), cpu.gated_activation(gate.contiguous(), up, kind))
+        assert torch.equal(cpu.activation(gate, kind)[:, -1:], cpu.activation(gate[:, -1:], kind))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_embedding(dtype: torch.dtype) -> None:
+    table = (random(300, 45) * 9).to(dtype)
+    ids = torch.randint(0, 300, (700,), generator=torch.Generator().manual_seed(1))
+    for count in (1, 2):
+        with threads(count):
+            assert torch.equal(cpu.embedding(ids, table[:, :33]), table[ids, :33])
+    assert torch.equal(cpu.embedding(ids[:6].view(2, 3), table), table[ids[:6]].view(2, 3, 45))
+    with pytest.raises(AssertionError):
+        cpu.embedding(torch.tensor([300]), table)
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    """The forward pass is the kernel's also where gradients are wanted."""
+    x, weight, bias = random(9, 20), random(20, seed=1), random(20, seed=2)
+    heads, angles = random(9, 2, 10), random(9, 4)
+    cases = [
+        (lambda o, x, w: o.rms_norm(x, w, 1e-6, 1.0), (x, weight)),
+        (lambda o, x, w, b: o.layer_norm(x, w, b, 1e-6), (x, weight, bias)),
+        (lambda o, x: o.rope(x, torch.cos(angles), torch.sin(angles)), (heads,)),
+        (lambda o, x: o.activation(x, "gelu"), (x,)),
+        (lambda o, x, y: o.gated_activation(x, y, "silu"), (x, x.flip(1))),
+        (lambda o, x: o.embedding(torch.tensor([1, 1, 3]), x), (x,)),
+    ]
+    for function, tensors in cases:
+        gradients = []
+        for module in (cpu, reference):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            out = function(module, *leaves)
+            gradients.append(torch.autograd.grad(out, leaves, random(*out.shape, seed=5)))
+            if module is cpu:
+                assert torch.equal(out, function(cpu, *tensors))
+        for ours, theirs in zip(*gradients, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_fused_instruction_sets_agree_to_the_bit(isa: str) -> None:
+    if isa == "generic":
+        pytest.skip("rounds between multiply and add")
+    x, weight = random(20, 300) * 3, random(300, seed=1)
+
+    def compute() -> list[Tensor]:
+        return [
+            *(cpu.activation(x, kind) for kind in KINDS),
+            cpu.rms_norm(x, weight, 1e-6),
+            cpu.layer_norm(x, weight, weight, 1e-6),
+        ]
+
+    got = compute()
+    library.set_isa(library.isas()[0])
+    assert all(torch.equal(ours, best) for ours, best in zip(got, compute(), strict=True))
