@@ -13,7 +13,8 @@ from torch import Tensor
 from quire.ops.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Weight
 from quire.quant.scheme import Form
 
-PIECE = 1 << 21
+# Small enough to stay in a core's cache, and for freed pieces that the allocator keeps to be few.
+PIECE = 1 << 17
 MOST_INT8, MOST_INT4, MOST_FP8 = 127, 15, 448.0
 MIDDLE = 8
 

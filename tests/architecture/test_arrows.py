@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.config": {"errors", "layers"},
     "models.registry": {"errors", "models.config", "models"},
     "models": {"batch", "layers", "models.config", "ops"},
+    "quant": {"batch", "errors", "layers", "models", "models.config", "ops"},
     "scheduler": {"errors", "request", "speculation"},
     "sampling": {"errors", "request"},
     "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
