@@ -1,4 +1,4 @@
-"""Drafts change how many steps a text takes, and nothing else: the same tokens, log-probabilities, ends and pieces as without."""
+"""Drafts change how many steps a text takes and nothing else: tokens, log-probabilities, ends and pieces are as without."""
 
 from __future__ import annotations
 
@@ -181,9 +181,9 @@ def test_rows_after_the_first_surprise_do_not_count() -> None:
         ({"num_speculative_tokens": 4}, "method must be ngram .* got None"),
         ({"method": "eagle", "num_speculative_tokens": 4}, "method must be ngram .* got 'eagle'"),
         ({"method": "ngram"}, r"needs num_speculative_tokens, a whole number in \[1, 16\]"),
-        ({"method": "ngram", "num_speculative_tokens": 0}, r"num_speculative_tokens must be a whole number in \[1, 16\], got 0"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, r"tokens must be a whole number in \[1, 16\], got 0"),
         ({"method": "ngram", "num_speculative_tokens": True}, "got True"),
-        ({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2.5}, r"prompt_lookup_max .* \[1, 32\], got 2.5"),
+        ({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2.5}, r"lookup_max .* \[1, 32\], got 2.5"),
         ({**DRAFTS, "prompt_lookup_min": 5}, "prompt_lookup_min must be at most prompt_lookup_max=3, got 5"),
         ({**DRAFTS, "prompt_look_min": 5}, "unknown key 'prompt_look_min'.* Did you mean \"prompt_lookup_min\""),
         ({**DRAFTS, "model": "small"}, "unknown key 'model'"),

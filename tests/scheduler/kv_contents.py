@@ -1,7 +1,8 @@
 """A device without tensors: it keeps, for every slot of every block, which history of tokens the slot was computed from.
 
 It executes steps as a runner would (copies, then all writes, then all reads, then draws) and asserts that each token finds
-exactly its own sequence's history in its table. Drafts are written as they are, right or wrong, and verified by drawing. Knows the scheduler only through steps and sequences.
+exactly its own sequence's history in its table. Drafts are written as they are, right or wrong, and verified by drawing. Knows
+the scheduler only through steps and sequences.
 """
 
 from __future__ import annotations
