@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.record import record
 
-NAMES = ("scheduler", "throughput")
+NAMES = ("scheduler", "throughput", "kernels")
 
 
 def main(arguments: list[str]) -> int:

@@ -90,6 +90,11 @@ def _sit(sitting: Sitting, write: Any, facts: dict[str, Any], path: Path) -> int
     finally:
         facts["minutes"] = round((time.monotonic() - begin) / 60, 1)
         write()
+    if path.parent == RESULTS:
+        rows = json.loads(path.with_suffix(".json").read_text())["summary"]
+        with (RESULTS.parent / "README.md").open("a") as file:
+            line = f"{facts['shape']}, Quire (against the best peer, of the machine's limit): {page.headline(rows)}"
+            file.write(f"| {facts['time'][:10]} | engines | {line} | [{path.name}.md](results/{path.name}.md) |\n")
     print(path.with_suffix(".md").read_text())
     print(f"written to {path.name}.json and {path.name}.md in {path.parent.name}/", file=sys.stderr)
     return code

@@ -86,6 +86,16 @@ def summary(
     return rows
 
 
+def headline(rows: list[dict[str, Any]]) -> str:
+    """Quire against the best peer of each cell, in one line."""
+    parts = []
+    for row in rows:
+        if row["quire"]:
+            against = f"{row['ratio']:.2f}x {row['peer']}" if row["ratio"] else "no peer"
+            parts.append(f"{row['workload']} {row['kind']} {_number(row['quire'])} ({against}, {_percent(row['of_limit'])})")
+    return "; ".join(parts) or "Quire was not measured"
+
+
 def _rate(entered: Entered, workload: Workload) -> float | None:
     return entered.cells[workload.name].rate(workload) if workload.name in entered.cells else None
 
