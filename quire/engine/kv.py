@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from quire.batch import KVCache
 from quire.models.config import ModelConfig
 
+# By the plan's names. The last three take one byte per number and have scales.
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
 
-def allocate(config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
+
+def allocate(
+    config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, scales: list[Tensor] | None = None
+) -> KVCache:
     """Keys and values of all layers for `num_blocks` blocks and the null block.
 
     The memory is taken when it is first written; what it holds before is never let into a product (ops/reference/attention).
     """
     shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
     layers = range(config.num_layers)
-    return KVCache([torch.empty(shape, dtype=dtype) for _ in layers], [torch.empty(shape, dtype=dtype) for _ in layers])
+    keys, values = ([torch.empty(shape, dtype=dtype) for _ in layers] for _ in range(2))
+    return KVCache(keys, values, scales)
 
 
 def copy_blocks(kv: KVCache, copies: Sequence[tuple[int, int]]) -> None:

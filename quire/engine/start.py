@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from quire.assemble import DTYPES, assemble
+from quire.assemble import assemble
 from quire.batch import packed
 from quire.config import AUTO, EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.intake import Intake
-from quire.engine.kv import allocate
+from quire.engine.kv import KV_DTYPES, allocate
+from quire.engine.kv_scales import kv_scales
 from quire.engine.runner import Runner
 from quire.errors import ConfigError
 from quire.log import logger
@@ -64,7 +65,8 @@ def start(config: EngineConfig) -> Started:
     tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
     torch.set_num_threads(plan.threads)
     model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype, config.quantization)
-    kv = allocate(model_config, plan.num_blocks, plan.block_size, DTYPES[plan.dtype])
+    scales = kv_scales(config, plan, model, folder, model_config, tokenizer)
+    kv = allocate(model_config, plan.num_blocks, plan.block_size, KV_DTYPES[plan.kv_cache_dtype], scales)
     _warm_up(model)
     metrics = Metrics(config.model, plan.max_model_len)
     metrics.set_cache_config(
@@ -72,7 +74,7 @@ def start(config: EngineConfig) -> Started:
         num_gpu_blocks=plan.num_blocks,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
-        cache_dtype=plan.dtype,
+        cache_dtype=plan.kv_cache_dtype,
     )
     eos, also_stop = _stop_tokens(tokenizer, model_config, generation)
     engine = Engine(
@@ -80,7 +82,7 @@ def start(config: EngineConfig) -> Started:
         tokenizer,
         plan,
         _limits(config, plan),
-        model_digest=_digest(folder, f"{plan.dtype} {config.quantization}"),
+        model_digest=_digest(folder, f"{plan.dtype} {config.quantization} {plan.kv_cache_dtype} {config.calculate_kv_scales}"),
         eos=eos,
         metrics=metrics,
         log_stats=not config.disable_log_stats,

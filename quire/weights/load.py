@@ -15,6 +15,7 @@ from quire.log import logger, progress
 from quire.models.decoder import CausalLM
 from quire.quant.packing import Packing, unused
 from quire.weights.files import checkpoint_files, tensor_headers
+from quire.weights.kv_scales import is_kv_scale
 from quire.weights.tensors import stored_tensors
 
 log = logger(__name__)
@@ -38,6 +39,8 @@ def load_weights(model: CausalLM, folder: Path, dtype: torch.dtype, packing: Pac
                 advance(tensor.numel() * tensor.element_size())
                 candidates = tuple(model.checkpoint_names(stored))
                 name = next((candidate for candidate in candidates if candidate in places), None)
+                if name is None and is_kv_scale(stored):
+                    continue  # the cache's business
                 if name is None:
                     left_out += bool(parts) and unused(stored)
                     if candidates and not (tied and stored.endswith("lm_head.weight")) and not (parts and unused(stored)):
