@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 # MKL reads this once, at its first call: matrix products then do not depend on the number of threads.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# OpenMP reads this once, when torch is loaded: its threads sleep at once when they have nothing to do, instead of taking
+# the cores from the native kernels' threads for a while.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "LLM": "quire.engine.llm",

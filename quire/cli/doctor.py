@@ -237,12 +237,22 @@ def torch_section(hardware: Hardware) -> Iterator[Finding]:
         yield error(
             "Torch", "bfloat16 product", "wrong", "torch multiplies wrongly here", "pip install --force-reinstall torch"
         )
-    from quire.ops.select import selected
-
-    yield Finding("Torch", "operations", selected().__name__)
+    yield from _operations()
     if torch.cuda.is_available():
         yield Finding("Torch", "GPU", f"{torch.cuda.get_device_name()} (not used: this version computes on the CPU)")
     yield Finding("Torch", "memory bandwidth", f"{_bandwidth() / 1e9:.1f} GB/s copied (what decoding is bound by)")
+
+
+def _operations() -> Iterator[Finding]:
+    from quire.ops.cpu import library
+    from quire.ops.select import selected
+
+    yield Finding("Kernels", "operations", selected().__name__)
+    if library.available():
+        yield Finding("Kernels", "instruction set", f"{library.isa()} (this machine can run {', '.join(library.isas())})")
+        return
+    problem = "the native kernels were not built: everything works, many times slower"
+    yield warning("Kernels", "native", "not built", problem, "install a C++ compiler (apt install g++), then reinstall Quire")
 
 
 def _bandwidth() -> float:

@@ -29,14 +29,25 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return folder_of
 
 
-@pytest.fixture(scope="session")
-def pair_of(folder_of: Callable[[str], tuple[transformers.PreTrainedModel, Path]]) -> Callable[[str], Pair]:
+def pairs(folder_of: Callable[[str], tuple[transformers.PreTrainedModel, Path]], *, keep_dense: bool) -> Callable[[str], Pair]:
     made: dict[str, Pair] = {}
 
     def pair_of(name: str) -> Pair:
         if name not in made:
             reference, folder = folder_of(name)
-            made[name] = reference, assemble(folder, read_model_config(folder), "float32")
+            made[name] = reference, assemble(folder, read_model_config(folder), "float32", keep_dense=keep_dense)
         return made[name]
 
     return pair_of
+
+
+@pytest.fixture(scope="session")
+def pair_of(folder_of: Callable[[str], tuple[transformers.PreTrainedModel, Path]]) -> Callable[[str], Pair]:
+    """transformers' model and ours as it serves: with packed weights, where the operations pack."""
+    return pairs(folder_of, keep_dense=False)
+
+
+@pytest.fixture(scope="session")
+def dense_pair_of(folder_of: Callable[[str], tuple[transformers.PreTrainedModel, Path]]) -> Callable[[str], Pair]:
+    """transformers' model and ours with all weights as parameters, which training needs."""
+    return pairs(folder_of, keep_dense=True)

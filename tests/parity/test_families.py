@@ -51,9 +51,9 @@ def test_logits(variant: Variant, pair_of: PairOf) -> None:
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name == "phi3-longrope"], ids=lambda variant: variant.name)
-def test_logits_of_long_sequences(variant: Variant, pair_of: PairOf) -> None:
+def test_logits_of_long_sequences(variant: Variant, dense_pair_of: PairOf) -> None:
     """A model that serves long sequences rotates all of them as transformers rotates a long one."""
-    reference, model = pair_of(variant.name)
+    reference, model = dense_pair_of(variant.name)
     tokens = tokens_of(variant.trained + 30, seed=3)
     long = build_model(model.config.for_length(len(tokens)))
     long.load_state_dict(model.state_dict())
@@ -111,9 +111,9 @@ def gradients_of(model: CausalLM, sequences: list[list[int]]) -> dict[str, Tenso
 
 
 @every_variant
-def test_gradients(variant: Variant, pair_of: PairOf) -> None:
+def test_gradients(variant: Variant, dense_pair_of: PairOf) -> None:
     """Training's forward and backward pass: equal to transformers' autograd wherever the parameter has the same name."""
-    reference, model = pair_of(variant.name)
+    reference, model = dense_pair_of(variant.name)
     sequences = [tokens_of(50, seed=5), tokens_of(23, seed=6)]
     got = gradients_of(model, sequences)
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in got.values())

@@ -89,8 +89,8 @@ def test_shards(name: str, folder_of: FolderOf, tmp_path: Path) -> None:
         ("qwen3", ["self_attn.q_norm", "self_attn.k_norm"]),
     ],
 )
-def test_modules_have_the_names_of_published_checkpoints(name: str, expected: list[str], pair_of: PairOf) -> None:
-    names = set(dict(pair_of(name)[1].named_parameters()))
+def test_modules_have_the_names_of_published_checkpoints(name: str, expected: list[str], dense_pair_of: PairOf) -> None:
+    names = set(dict(dense_pair_of(name)[1].named_parameters()))
     assert {f"model.layers.1.{part}.weight" for part in expected} <= names
 
 
