@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__.splitlines()[0])
     made.add_argument("--peers", type=Path, help="folder that `python -m benchmarks.peers install` made")
-    made.add_argument("--work", type=Path, help="folder for models, kept for the next time [Quire's cache]")
+    made.add_argument("--work", type=Path, help="folder for models, kept for the next time [PEERS/work, or Quire's cache]")
     made.add_argument("--shape", choices=list(SHAPES), default="0.5b", help="shape of the model [0.5b]")
     made.add_argument("--plan", choices=list(PLANS), default="full", help="how often everything is measured [full]")
     made.add_argument("--engines", help="only those whose names begin so, with commas: quire,vllm-bf16")
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=float, help="seconds of a cell in a turn, instead of the plan's")
     made.add_argument("--threads", type=int, help="threads of every engine [all usable cores]")
     made.add_argument("--quire", metavar="JSON", default="{}", help='further options of Quire\'s engine: {"block_size": 32}')
+    made.add_argument("--no-limits", action="store_true", help="do not measure the machine's limits, for a quick look")
     made.add_argument("--prepare", action="store_true", help="make the models and stop")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results [benchmarks/results]")
     return made
@@ -61,9 +62,10 @@ def main(arguments: list[str]) -> int:
     folder = options.peers.resolve() if options.peers else None
     if folder is not None and not folder.is_dir():
         parser().error(f"--peers {options.peers} is no folder: make it with python -m benchmarks.peers install --into DIR")
-    work = Work((options.work or envs.cache_dir() / "benchmarks").resolve(), options.shape, folder)
+    models = options.work or (folder / "work" if folder else envs.cache_dir() / "benchmarks")
+    work = Work(models.resolve(), options.shape, folder)
     place = Place(work, folder, options.threads or probe().cores, _object(options.quire))
-    entered = [entry for entry in entries() if _wanted(entry, options.engines)]
+    entered = [entry for entry in entries() if _wanted(entry, options.engines) and set(entry.workloads) & set(workloads)]
     if not entered:
         parser().error(f"--engines {options.engines} names none of: {', '.join(entry.name for entry in entries())}")
     if options.prepare:
@@ -74,7 +76,15 @@ def main(arguments: list[str]) -> int:
     logs = work.path("logs")
     logs.mkdir(exist_ok=True)
     facts = {**_facts(place, options.shape), "time": f"{now:%Y-%m-%d %H:%M}Z", **vars(plan), "options": place.plain}
-    sitting = Sitting(place, entered, workloads, plan, logs, after_turn=lambda: _write(path, facts, sitting, workloads))
+    sitting = Sitting(
+        place,
+        entered,
+        workloads,
+        plan,
+        logs,
+        after_turn=lambda: _write(path, facts, sitting, workloads),
+        measure_limits=(lambda: roofline.Limits("", problem="not asked for")) if options.no_limits else None,
+    )
     return _sit(sitting, lambda: _write(path, facts, sitting, workloads), facts, path)
 
 

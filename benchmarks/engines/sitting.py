@@ -108,6 +108,7 @@ class Sitting:
                 return []
             told.load_seconds.append(round(time.monotonic() - process.began, 2))
             told.weight_bytes = ready.get("weight_bytes") or told.weight_bytes
+            told.about = ready.get("about") or told.about
             if not told.first_tokens:
                 told.first_tokens = self._check(process)
             for place, name in enumerate(names):

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     except Exception as error:
         answer(error=_words(error), kind=type(error).__name__)
         os._exit(1)
-    answer(ready=True, weight_bytes=getattr(engine, "weight_bytes", None))
+    answer(ready=True, weight_bytes=getattr(engine, "weight_bytes", None), about=getattr(engine, "about", None))
     for line in sys.stdin:
         asked = json.loads(line)
         try:
