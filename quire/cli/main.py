@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "chat": "Talk with a model: here, or with a server by its URL.",
     "models": "List model families and the models on this machine.",
     "presets": "Show scenario presets and where each value in force comes from.",
+    "quantize": "Write a quantized copy of a model.",
     "plan": "Say what a model needs and whether it fits, before loading it.",
     "bench": "Measure an engine or a running server.",
     "doctor": "Report the machine, versions, and what is wrong.",
