@@ -1,6 +1,6 @@
 """`python -m benchmarks.engines`: run a sitting and write its JSON and its page under `benchmarks/results`.
 
-    python -m benchmarks.engines --peers DIR                 # everything, three rounds
+    python -m benchmarks.engines --peers DIR                 # everything, two rounds
     python -m benchmarks.engines --peers DIR --plan quick    # one round
     python -m benchmarks.engines --peers DIR --prepare       # only make the model in all forms
 
