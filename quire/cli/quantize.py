@@ -115,7 +115,7 @@ def quantize(
     with log.progress(f"Quantizing ({recipe.method})", config.num_layers) as advance:
         made = methods.quantize(dense, rows, recipe, advance)
     with save.whole_folder(output) as working:
-        tensors = _tensors(folder, dense, made)
+        tensors = stored_as(folder, dense, made)
         save.write_checkpoint(folder, working, tensors, save.quantization_config(recipe, _left_dense(dense, made)))
     _say(f"Wrote {output} ({_megabytes(folder)} -> {_megabytes(output)} MB of weights) in {time.monotonic() - begin:.0f} s.")
     facts: dict[str, Any] = {"output": str(output), "method": recipe.method, "linears": len(made.parts)}
@@ -142,7 +142,7 @@ def _refuse(config: ModelConfig, recipe: Recipe) -> None:
         )
 
 
-def _tensors(folder: Path, model: CausalLM, made: Made) -> Iterator[tuple[str, Tensor]]:
+def stored_as(folder: Path, model: CausalLM, made: Made) -> Iterator[tuple[str, Tensor]]:
     """The source's tensors under the source's names, quantized and changed ones in the place of the old."""
     from quire.weights.files import checkpoint_files
     from quire.weights.tensors import stored_tensors
