@@ -84,34 +84,24 @@ INLINE void transpose(Words *rows) {
 #endif
 }
 
-// Keys [begin, end) of a span, at rows[begin..end), into [panel of 32 keys][size][32]. Transposed as words, of one to four
-// numbers each, and widened afterwards.
+// Keys [begin, end) of a span, both multiples of LANES, into [panel of 32 keys][size][32]. Transposed as words, of one to
+// four numbers each, and widened afterwards.
 template <int type> void decode_keys(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
     constexpr int BYTES = Element<type>::BYTES, EACH = 4 / BYTES, WIDTH = LANES * 4;
-    const int64_t row_bytes = size * BYTES;
-    for (int key = begin / LANES * LANES; key < end; key += LANES) {
+    const int64_t row_bytes = size * BYTES, whole = row_bytes / WIDTH * WIDTH, rest = row_bytes - whole;
+    for (int key = begin; key < end; key += LANES) {
         float *to = out + key / PANEL * size * PANEL + key % PANEL;
-        for (int64_t from = 0; from < row_bytes; from += WIDTH) {
-            Words words[LANES];
-            const int64_t here = std::min<int64_t>(WIDTH, row_bytes - from);
-            for (int i = 0; i < LANES; i++) {
-                if (key + i < begin || key + i >= end)
-                    words[i] = Words{};
-                else if (here == WIDTH)
-                    words[i] = load<Words>(rows[key + i] + from);
-                else
-                    words[i] = load_some<Words>(rows[key + i] + from, here);
-            }
+        Words words[LANES];
+        for (int64_t from = 0; from < whole; from += WIDTH) {
+            for (int i = 0; i < LANES; i++) words[i] = load<Words>(rows[key + i] + from);
             transpose(words);
-            const int64_t first = from / BYTES;
-            if (here == WIDTH)
-                for (int i = 0; i < LANES; i++)
-                    for (int j = 0; j < EACH; j++)
-                        store(to + (first + i * EACH + j) * PANEL, Element<type>::of_words(words[i], j));
-            else
-                for (int i = 0; i < here / BYTES; i++)
-                    store(to + (first + i) * PANEL, Element<type>::of_words(words[i / EACH], i % EACH));
+            for (int i = 0; i < LANES; i++)
+                for (int j = 0; j < EACH; j++, to += PANEL) store(to, Element<type>::of_words(words[i], j));
         }
+        if (!rest) continue;
+        for (int i = 0; i < LANES; i++) words[i] = load_some<Words>(rows[key + i] + whole, rest);
+        transpose(words);
+        for (int i = 0; i < rest / BYTES; i++, to += PANEL) store(to, Element<type>::of_words(words[i / EACH], i % EACH));
     }
 }
 
@@ -206,26 +196,35 @@ Products products_for(int rows) {
     return {};
 }
 
-// ---- one row's weights of a span -------------------------------------------------------------------------------------
+// ---- a row's weights of a span ---------------------------------------------------------------------------------------
 
-// Scores [128] of which [begin, end) may be seen, both within [first, last), multiples of 32: into weights. Returns the fade.
-float weigh(float *scores, int first, int last, int begin, int end, float softcap, float *best, float *total) {
-    Floats places;
-    for (int i = 0; i < LANES; i++) places[i] = float(i);
-    Floats most = all(-INFINITY);
-    const bool whole = begin <= first && end >= last;
-    for (int i = first; i < last; i += LANES) {
-        Floats s = load<Floats>(scores + i);
-        if (softcap != 0.0f) s = softcap * tanh(s / softcap);
-        if (!whole) {
-            Floats place = places + float(i);
+// What a row has folded so far.
+struct Folded {
+    float best, total;
+};
+
+// Scores [first, last), multiples of 32, of which [begin, end) may be seen: softly capped, the hidden ones -infinity. Returns
+// the largest.
+INLINE float hide(float *scores, int first, int last, int begin, int end, float softcap) {
+    if (softcap != 0.0f)
+        for (int i = first; i < last; i += LANES)
+            store(scores + i, softcap * tanh(load<Floats>(scores + i) / softcap));
+    Floats most = all(-INFINITY), places;
+    if (begin > first || end < last) {
+        for (int i = 0; i < LANES; i++) places[i] = float(i);
+        for (int i = first; i < last; i += LANES) {
+            Floats s = load<Floats>(scores + i), place = places + float(i);
             s = place < float(begin) ? all(-INFINITY) : s;
-            s = place < float(end) ? s : all(-INFINITY);
+            store(scores + i, place < float(end) ? s : all(-INFINITY));
         }
-        store(scores + i, s);
-        most = larger(s, most);
     }
-    const float high = largest(most), highest = *best > high ? *best : high;
+    for (int i = first; i < last; i += LANES) most = larger(load<Floats>(scores + i), most);
+    return largest(most);
+}
+
+// Scores into weights; their sum, and the fade of what was folded before, are taken into account.
+INLINE float weigh(float *scores, int first, int last, float high, Folded &folded) {
+    const float highest = folded.best > high ? folded.best : high;
     const float base = highest == -INFINITY ? 0.0f : highest;
     Sixteen sums{};
     for (int i = first; i < last; i += 16)
@@ -234,9 +233,10 @@ float weigh(float *scores, int first, int last, int begin, int end, float softca
             store(scores + i + v * LANES, weight);
             sums.part[v] += weight;
         }
-    const float fade = exp(all(*best - base))[0];
-    *best = highest;
-    *total = *total * fade + sum(sums);
+    // While a row's maximum stands, which is nearly always, there is nothing to compute: exp(0) is 1.
+    const float fade = folded.best == base ? 1.0f : exp(all(folded.best - base))[0];
+    folded.best = highest;
+    folded.total = folded.total * fade + sum(sums);
     return fade;
 }
 
@@ -291,41 +291,62 @@ struct Task {
         rows = std::min(plan.rows, end - row);
         position = call.lengths[sequence] - (end - row);
     }
+};
 
-    // Where keys and values [begin, end) of a span lie, at their places in [0, 128).
-    void locate(int64_t span, int begin, int end, const uint8_t **keys, const uint8_t **values) const {
+// Where a task's keys and values of one span lie: at their places [low, high) in [0, 128).
+struct Span {
+    int low, high;
+    int64_t row_bytes;
+    const uint8_t *keys[SPAN], *values[SPAN];
+
+    // Those of the positions [first, last] of the sequence. The places beside them, up to multiples of LANES, name a key that
+    // there is: its scores are hidden.
+    void locate(const Task &task, int64_t number, int64_t first, int64_t last) {
+        const quire_attention &call = task.call;
         const quire_kv &kv = call.kv;
-        const int64_t each = bytes_of_type(kv.type);
-        const uint8_t *k = bytes(kv.keys) + kv_head * kv.k_head * each, *v = bytes(kv.values) + kv_head * kv.v_head * each;
-        const int64_t *table = call.tables ? call.tables + sequence * call.table_stride : nullptr;
-        for (int i = begin; i < end;) {
-            const int64_t place = span * SPAN + i;
-            int64_t slot = call.starts[sequence] + place, count = end - i;
+        const int64_t each = bytes_of_type(kv.type), origin = number * SPAN;
+        const int64_t k_step = kv.k_token * each, v_step = kv.v_token * each;
+        const uint8_t *k = bytes(kv.keys) + task.kv_head * kv.k_head * each;
+        const uint8_t *v = bytes(kv.values) + task.kv_head * kv.v_head * each;
+        const int64_t *table = call.tables ? call.tables + task.sequence * call.table_stride : nullptr;
+        row_bytes = kv.size * each;
+        low = int(std::clamp<int64_t>(first - origin, 0, SPAN)), high = int(std::clamp<int64_t>(last + 1 - origin, 0, SPAN));
+        for (int i = low; i < high;) {
+            const int64_t place = origin + i;
+            int64_t slot = call.starts[task.sequence] + place, count = high - i;
             if (table) {
                 const int64_t offset = place % call.block_size;
                 slot = table[place / call.block_size] * call.block_size + offset;
                 count = std::min(count, call.block_size - offset);
             }
-            for (; count > 0; count--, i++, slot++) {
-                keys[i] = k + slot * kv.k_token * each;
-                values[i] = v + slot * kv.v_token * each;
-            }
+            const uint8_t *key = k + slot * k_step, *value = v + slot * v_step;
+            for (; count > 0; count--, i++, key += k_step, value += v_step) keys[i] = key, values[i] = value;
         }
+        for (int i = low; i % LANES; i--) keys[i - 1] = keys[low];
+        for (int i = high; i % LANES; i++) keys[i] = keys[low];
+    }
+
+    // Heads of one token lie far apart, where the hardware does not look ahead by itself.
+    void fetch(const uint8_t *const *rows) const {
+        for (int i = low; i < high; i++)
+            for (int64_t from = 0; from < row_bytes; from += 64) __builtin_prefetch(rows[i] + from, 0, 2);
     }
 };
 
 // A task's memory: one block of the thread's scratch, cut up.
 struct Room {
-    float *q, *keys, *values, *weights, *out, *best, *total, *line;
+    float *q, *keys, *values, *weights, *out, *line;
+    Folded *folded;
 
     Room(int64_t rows, int64_t size, int64_t padded) {
         int64_t used = 0;
         auto take = [&](int64_t count) { return (used += up(count, 16)) - up(count, 16); };
-        const int64_t places[] = {take(rows * size),      take(SPAN * size),   take(SPAN * padded), take(MOST_ROWS * SPAN),
-                                  take(rows * padded),    take(rows),          take(rows),          take(padded)};
+        const int64_t places[] = {take(rows * size),        take(SPAN * size),   take(SPAN * padded),
+                                  take(MOST_ROWS * SPAN), take(rows * padded), take(padded),       take(2 * rows)};
         auto all = static_cast<float *>(quire::scratch(0, used * 4));
-        float **members[] = {&q, &keys, &values, &weights, &out, &best, &total, &line};
-        for (int i = 0; i < 8; i++) *members[i] = all + places[i];
+        float **members[] = {&q, &keys, &values, &weights, &out, &line};
+        for (int i = 0; i < 6; i++) *members[i] = all + places[i];
+        folded = reinterpret_cast<Folded *>(all + places[6]);
     }
 };
 
@@ -377,19 +398,23 @@ void attend(const Task &task, const Formats &formats) {
         }
     }
     std::fill(room.out, room.out + rows * padded, 0.0f);
-    std::fill(room.best, room.best + rows, -INFINITY);
-    std::fill(room.total, room.total + rows, 0.0f);
+    std::fill(room.folded, room.folded + rows, Folded{-INFINITY, 0.0f});
 
     const int64_t last_place = place_of(rows - 1);
-    const uint8_t *keys[SPAN], *values[SPAN];
     float fade[MOST_ROWS];
-    for (int64_t span = lowest_seen(task.position) / SPAN; span * SPAN <= last_place; span++) {
-        const int64_t origin = span * SPAN;
-        auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - origin, 0, SPAN)); };
-        const int low = within(lowest_seen(task.position)), high = within(last_place + 1);
-        task.locate(span, low, high, keys, values);
-        formats.decode_keys(keys, low, high, size, room.keys);
-        formats.decode_values(values, low, high, size, room.values);
+    const int64_t first_place = lowest_seen(task.position);
+    Span spans[2];
+    spans[0].locate(task, first_place / SPAN, first_place, last_place);
+    spans[0].fetch(spans[0].keys), spans[0].fetch(spans[0].values);
+    for (int64_t number = first_place / SPAN; number * SPAN <= last_place; number++) {
+        const Span &span = spans[(number - first_place / SPAN) % 2];
+        Span &next = spans[(number - first_place / SPAN + 1) % 2];
+        next.locate(task, number + 1, first_place, last_place);
+        auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - number * SPAN, 0, SPAN)); };
+        next.fetch(next.keys);
+        formats.decode_keys(span.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
+        next.fetch(next.values);
+        formats.decode_values(span.values, span.low, span.high, size, room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
             const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
@@ -399,8 +424,10 @@ void attend(const Task &task, const Formats &formats) {
             products.score(size, room.q + m * size, room.keys, panel, last, room.weights);
             for (int64_t r = 0; r < count; r++) {
                 const int64_t place = place_of(m + r);
-                fade[r] = weigh(room.weights + r * SPAN, panel * PANEL, last * PANEL, within(lowest_seen(place)),
-                                within(place + 1), call.softcap, room.best + m + r, room.total + m + r);
+                float *weights = room.weights + r * SPAN;
+                const float high = hide(weights, panel * PANEL, last * PANEL, within(lowest_seen(place)), within(place + 1),
+                                        call.softcap);
+                fade[r] = weigh(weights, panel * PANEL, last * PANEL, high, room.folded[m + r]);
             }
             products.mix(size, begin, end, room.weights, room.values, fade, padded, room.out + m * padded);
         }
@@ -408,7 +435,7 @@ void attend(const Task &task, const Formats &formats) {
 
     for (int64_t m = 0; m < rows; m++) {
         const int64_t to = (task.row + m / task.heads) * call.heads + task.head + m % task.heads;
-        formats.write_output(room.out + m * padded, size, room.total[m],
+        formats.write_output(room.out + m * padded, size, room.folded[m].total,
                              scales ? scales + call.kv.kv_heads + task.kv_head : nullptr,
                              static_cast<uint8_t *>(call.out) + to * size * each);
     }

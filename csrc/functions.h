@@ -82,21 +82,34 @@ INLINE float sum(const Sixteen &s) {
 }
 
 INLINE float largest(Floats v) {
-    float out = v[0];
-    for (int i = 1; i < LANES; i++) out = out > v[i] ? out : v[i];
-    return out;
+    alignas(64) float place[LANES];
+    store(place, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) place[i] = place[i] > place[i + width] ? place[i] : place[i + width];
+    return place[0];
 }
 
 // ---- vectors in memory -----------------------------------------------------------------------------------------------
 
+// The first `bytes` bytes of a vector; what is read beyond them is zero.
 template <class V> INLINE V load_some(const void *p, int64_t bytes) {
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p);
+    if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi8((1u << bytes) - 1, p);
+    if constexpr (sizeof(V) == 16) return (V)_mm_maskz_loadu_epi8(__mmask16((1u << bytes) - 1), p);
+#endif
     V v{};
     std::memcpy(&v, p, size_t(bytes));
     return v;
 }
-
-// Nearest, ties to even, for |x| < 2^22.
-INLINE Floats rounded(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+template <class V> INLINE void store_some(void *p, int64_t bytes, V v) {
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(V) == 64) return _mm512_mask_storeu_epi8(p, (1ull << bytes) - 1, (__m512i)v);
+    if constexpr (sizeof(V) == 32) return _mm256_mask_storeu_epi8(p, (1u << bytes) - 1, (__m256i)v);
+    if constexpr (sizeof(V) == 16) return _mm_mask_storeu_epi8(p, __mmask16((1u << bytes) - 1), (__m128i)v);
+#endif
+    std::memcpy(p, &v, size_t(bytes));
+}
 
 // One element type: how a vector of it is read and written, and how element j of 32-bit words becomes floats.
 template <int type> struct Element;
@@ -121,7 +134,7 @@ template <> struct Element<QUIRE_F16> {
     static INLINE Floats widen(Stored v) { return floats_of_f16(v); }
     static INLINE Stored narrow(Floats v) { return f16_of_floats(v); }
     static INLINE Floats of_words(Words w, int j) {
-        return floats_of_f16(__builtin_convertvector(j ? w >> 16 : w & 0xffffu, Halves));
+        return floats_of_f16(narrow_to<Halves>(j ? w >> 16 : w & 0xffffu));
     }
 };
 // Narrowing to eight bits: the nearest, ties to even; what is too large becomes the largest finite value.
@@ -130,7 +143,7 @@ template <> struct Element<QUIRE_E4M3> {
     using Stored = Bytes;
     static INLINE Floats widen(Stored v) { return floats_of_e4m3(v); }
     static INLINE Stored narrow(Floats v) { return e4m3_of_floats(v); }
-    static INLINE Floats of_words(Words w, int j) { return floats_of_e4m3_words(w >> (8 * j) & 0xffu); }
+    static INLINE Floats of_words(Words w, int j) { return floats_of_e4m3(w >> (8 * j) & 0xffu); }
 };
 template <> struct Element<QUIRE_E5M2> {
     static constexpr int BYTES = 1;
@@ -138,20 +151,20 @@ template <> struct Element<QUIRE_E5M2> {
     static INLINE Floats widen(Stored v) { return floats_of_e5m2(v); }
     static INLINE Stored narrow(Floats v) { return e5m2_of_floats(v); }
     static INLINE Floats of_words(Words w, int j) {
-        return floats_of_f16(__builtin_convertvector((w >> (8 * j) & 0xffu) << 8, Halves));
+        return floats_of_f16(narrow_to<Halves>((w >> (8 * j) & 0xffu) << 8));
     }
 };
 template <> struct Element<QUIRE_I8> {
     static constexpr int BYTES = 1;
     using Stored = Bytes;
-    static INLINE Floats widen(Stored v) { return of_words(__builtin_convertvector(v, Words), 0); }
+    static INLINE Floats widen(Stored v) { return of_words(QUIRE_ISA::widen(v), 0); }
     static INLINE Stored narrow(Floats v) {
         v = v > 127.0f ? all(127.0f) : v;
         v = v < -127.0f ? all(-127.0f) : v;
-        return __builtin_convertvector(bits<Words>(v + 12582912.0f) & 0xffu, Bytes);
+        return narrow_to<Bytes>(bits<Words>(v + 12582912.0f) & 0xffu);
     }
     static INLINE Floats of_words(Words w, int j) {
-        return __builtin_convertvector(bits<Ints>(w << (24 - 8 * j)) >> 24, Floats);
+        return to_float(bits<Ints>(w << (24 - 8 * j)) >> 24);
     }
 };
 
@@ -164,7 +177,8 @@ template <int type> INLINE Floats read(const uint8_t *row, int64_t i, int64_t co
 template <int type> INLINE void write(uint8_t *row, int64_t i, int64_t count, Floats v) {
     using E = Element<type>;
     typename E::Stored stored = E::narrow(v);
-    std::memcpy(row + i * E::BYTES, &stored, size_t(std::min<int64_t>(LANES, count - i) * E::BYTES));
+    if (i + LANES <= count) return store(row + i * E::BYTES, stored);
+    store_some(row + i * E::BYTES, (count - i) * E::BYTES, stored);
 }
 
 inline int bytes_of_type(int type) { return type == QUIRE_F32 ? 4 : type == QUIRE_BF16 || type == QUIRE_F16 ? 2 : 1; }

@@ -103,6 +103,20 @@ INLINE Words widen(Bytes v) {
     return __builtin_convertvector(v, Words);
 #endif
 }
+// The lower half, or the lowest byte, of each word; what is above it must be 0. GCC 12 takes some of these apart by itself.
+template <class V> INLINE V narrow_to(Words v) {
+    [[maybe_unused]] constexpr bool HALVES = sizeof(V) == sizeof(Halves);
+#if defined(__AVX512F__)
+    if constexpr (HALVES) return (V)_mm512_cvtepi32_epi16((__m512i)v);
+    if constexpr (!HALVES) return (V)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x88);
+    if constexpr (HALVES) return (V)_mm256_castsi256_si128(halves);
+    __m256i bytes = _mm256_packus_epi16(halves, halves);
+    if constexpr (!HALVES) return bits<V>(_mm256_extract_epi64(bytes, 0));
+#endif
+    return __builtin_convertvector(v, V);
+}
 INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 // The nearest integer, halves to even, for |v| < 2^22.
 INLINE Ints nearest(Floats v) {
@@ -115,7 +129,7 @@ INLINE Halves bf16_of_floats(Floats v) {
     Words u = bits<Words>(v);
     Words rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
     Words nan = (u >> 16) | 64;
-    return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+    return narrow_to<Halves>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 INLINE Floats floats_of_f16(Halves v) {
 #if defined(__AVX512F__)
@@ -148,16 +162,8 @@ INLINE Floats floats_of_e4m3(Words u) {
     out = magnitude == 0x7f ? Words{} + 0x7fc00000 : out;
     return bits<Floats>(out | (u & 0x80) << 24);
 }
-INLINE Floats floats_of_e4m3_words(Words u) {
-    Words magnitude = u & 0x7f;
-    Floats normal = bits<Floats>((magnitude << 20) + (120u << 23));
-    Floats small = __builtin_convertvector(bits<Ints>(magnitude), Floats) * 0x1p-9f;
-    Words out = bits<Words>(magnitude < 8 ? small : normal);
-    out = magnitude == 0x7f ? Words{} + 0x7fc00000 : out;
-    return bits<Floats>(out | (u & 0x80) << 24);
-}
-INLINE Floats floats_of_e4m3(Bytes v) { return floats_of_e4m3_words(widen(v)); }
-INLINE Floats floats_of_e5m2(Bytes v) { return floats_of_f16(__builtin_convertvector(v, Halves) << 8); }
+INLINE Floats floats_of_e4m3(Bytes v) { return floats_of_e4m3(widen(v)); }
+INLINE Floats floats_of_e5m2(Bytes v) { return floats_of_f16(narrow_to<Halves>(widen(v) << 8)); }
 
 // To eight bits with 23 - DROPPED bits of mantissa and exponents from BIAS up: the nearest, ties to even; what is larger than
 // LARGEST becomes it. Below the normal range the hardware's own rounding does it, at the unit that SUBNORMAL's last bit is.
@@ -170,7 +176,7 @@ template <int DROPPED, int BIAS> INLINE Bytes eight_bits(Floats v, float largest
     Words tiny = bits<Words>(held + subnormal) - bits<uint32_t>(subnormal);
     Words out = held < smallest ? tiny : normal;
     out = v == v ? out : Words{} + 0x7f;
-    return __builtin_convertvector(out | sign, Bytes);
+    return narrow_to<Bytes>(out | sign);
 }
 INLINE Bytes e4m3_of_floats(Floats v) { return eight_bits<20, 120>(v, 448.0f, 0x1p-6f, 0x1p14f); }
 INLINE Bytes e5m2_of_floats(Floats v) { return eight_bits<21, 112>(v, 57344.0f, 0x1p-14f, 0x1p7f); }
