@@ -461,35 +461,44 @@ int linears(int count, const quire_weight *const *weights, int type, int64_t row
 
 int paired_place(int output) { return output % 16 * 2 + output / 16; }
 
+// Inputs [begin, end) of one output into its panel `to`.
+void pack_output(const quire_weight &weight, const uint8_t *row, int o, int64_t begin, int64_t end, uint8_t *to) {
+    if (weight.form == QUIRE_INT8) {
+        for (int64_t i = begin; i < end; i++) to[(i / 4 * PANEL + o) * 4 + i % 4] = uint8_t(row[i] ^ 0x80);
+    } else if (weight.form == QUIRE_INT4) {
+        for (int64_t i = begin; i < end; i++) {
+            const uint8_t half = row[i / 2] >> (i % 2 * 4) & 15;
+            to[(i / 8 * PANEL + o) * 4 + i % 4] |= uint8_t(half << (i / 4 % 2 * 4));
+        }
+    } else if (weight.type == QUIRE_F32) {
+        for (int64_t i = begin; i < end; i++) std::memcpy(to + (i * PANEL + o) * 4, row + i * 4, 4);
+    } else if (weight.type == QUIRE_E4M3) {
+        for (int64_t i = begin; i < end; i++) to[i * PANEL + paired_place(o)] = row[i];
+    } else {
+        const int place = weight.type == QUIRE_BF16 ? paired_place(o) : o;
+        for (int64_t i = begin; i < end; i++) std::memcpy(to + (i * PANEL + place) * 2, row + i * 2, 2);
+    }
+}
+
 int pack(const quire_weight *weight, const void *source, int64_t stride) {
+    constexpr int64_t BLOCK = 128;  // inputs whose place in a panel stays in the first-level cache while outputs come and go
     const int64_t inputs = weight->inputs, outputs = weight->outputs, panels = up(outputs, PANEL) / PANEL;
     const int64_t panel_bytes = quire_packed_bytes(weight->form, weight->type, PANEL, inputs);
     if (panel_bytes < 0) return -1;
     if (weight->form == QUIRE_INT4 && (weight->group_size % 32 || inputs % weight->group_size)) return -1;
-    const int size = weight->form == QUIRE_DENSE ? int(bytes_of(weight->type)) : 1;
+    const int64_t row_bytes = stride * (weight->form == QUIRE_DENSE ? bytes_of(weight->type) : 1);
     auto all = static_cast<uint8_t *>(weight->data);
     auto from = static_cast<const uint8_t *>(source);
     quire::parallel(panels, [&](int64_t p) {
         uint8_t *to = all + p * panel_bytes;
-        std::memset(to, weight->form == QUIRE_INT8 ? 128 : 0, size_t(panel_bytes));
         const int count = int(std::min<int64_t>(PANEL, outputs - p * PANEL));
-        for (int o = 0; o < count; o++) {
-            const uint8_t *row = from + (p * PANEL + o) * stride * size;
-            if (weight->form == QUIRE_INT8)
-                for (int64_t i = 0; i < inputs; i++) to[(i / 4 * PANEL + o) * 4 + i % 4] = uint8_t(row[i] ^ 0x80);
-            else if (weight->form == QUIRE_INT4)
-                for (int64_t i = 0; i < inputs; i++) {
-                    const uint8_t half = row[i / 2] >> (i % 2 * 4) & 15;
-                    to[(i / 8 * PANEL + o) * 4 + i % 4] |= uint8_t(half << (i / 4 % 2 * 4));
-                }
-            else if (size == 4)
-                for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + o) * 4, row + i * 4, 4);
-            else if (size == 2) {
-                const int place = weight->type == QUIRE_BF16 ? paired_place(o) : o;
-                for (int64_t i = 0; i < inputs; i++) std::memcpy(to + (i * PANEL + place) * 2, row + i * 2, 2);
-            } else
-                for (int64_t i = 0; i < inputs; i++) to[i * PANEL + paired_place(o)] = row[i];
-        }
+        if (count < PANEL || weight->form != QUIRE_DENSE)
+            std::memset(to, weight->form == QUIRE_INT8 ? 128 : 0, size_t(panel_bytes));
+        for (int64_t begin = 0; begin < inputs; begin += BLOCK)
+            for (int o = 0; o < count; o++) {
+                const uint8_t *row = from + (p * PANEL + o) * row_bytes;
+                pack_output(*weight, row, o, begin, std::min(inputs, begin + BLOCK), to);
+            }
     });
     return 0;
 }
