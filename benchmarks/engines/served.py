@@ -9,7 +9,6 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ ENDPOINT = "/v1/completions"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
-@dataclass(frozen=True)
-class Started:
-    """start_seconds: from the process to the first token."""
-
-    start_seconds: float
-    peak_mib: int
-
-
 def measure(
     command: Callable[[int], list[str]],
     environment: dict[str, str],
@@ -45,13 +36,17 @@ def measure(
     warm_tokens: int,
     load_seconds: float,
     limit: float,
+    started: Callable[[float], None],
     keep: Callable[[dict[str, Any]], None],
-) -> Started:
-    """Start a server, send it every run (the first is not counted), end it. `keep` gets each counted run's numbers."""
+) -> int:
+    """Start a server, send it every run (the first is not counted), end it; gives its peak of memory in MiB.
+
+    `started` gets the seconds from the process to the first token, `keep` each counted run's numbers.
+    """
     port = free_port()
     with Running(command(port), environment, REPOSITORY, log) as process:
         return asyncio.run(
-            _measured(process, port, runs, output, first_prompt, warm_tokens, load_seconds, limit, keep)
+            _measured(process, port, runs, output, first_prompt, warm_tokens, load_seconds, limit, started, keep)
         )
 
 
@@ -64,18 +59,19 @@ async def _measured(
     warm_tokens: int,
     load_seconds: float,
     limit: float,
+    started: Callable[[float], None],
     keep: Callable[[dict[str, Any]], None],
-) -> Started:
+) -> int:
     server = Server(f"http://127.0.0.1:{port}")
     try:
         async with asyncio.timeout(load_seconds):
             load = await _first_token(process, server, first_prompt)
-        started = time.monotonic() - process.began
+        started(round(time.monotonic() - process.began, 2))
         async with asyncio.timeout(limit):
             await _run(server, load, runs[0], min(warm_tokens, output))
             for prompts in runs[1:]:
                 keep(await _run(server, load, prompts, output))
-        return Started(round(started, 2), process.peak_mib())
+        return process.peak_mib()
     except TimeoutError:
         raise TooSlow from None
     finally:

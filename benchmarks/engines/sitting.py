@@ -156,7 +156,7 @@ class Sitting:
         begin = 1 + number * (self._plan.repeats + 1)
         runs = range(begin + 1, begin + 1 + self._plan.repeats)
         try:
-            started = served.measure(
+            peak = served.measure(
                 lambda port: self._place.server(entry, port),
                 self._place.environment(entry),
                 self._log(entry),
@@ -166,13 +166,13 @@ class Sitting:
                 warm_tokens=WARM_TOKENS,
                 load_seconds=LOAD_SECONDS,
                 limit=self._plan.limit,
+                started=told.start_seconds.append,
                 keep=lambda run: told.cell(name).runs.append(Run(number, **run)),
             )
         except (Failed, TooSlow) as error:
             self._refused(entry, [name], error)
             return
-        told.start_seconds.append(started.start_seconds)
-        told.peak_mib.append(started.peak_mib)
+        told.peak_mib.append(peak)
         self._say_rate(entry, workload)
 
     def _own(self, entry: Entry, number: int) -> None:
