@@ -16,6 +16,7 @@ from quire.models.decoder import CausalLM
 from quire.quant.packing import Packing, unused
 from quire.weights.files import checkpoint_files, tensor_headers
 from quire.weights.kv_scales import is_kv_scale
+from quire.weights.memory import large_blocks_given_back
 from quire.weights.tensors import stored_tensors
 
 log = logger(__name__)
@@ -33,7 +34,7 @@ def load_weights(model: CausalLM, folder: Path, dtype: torch.dtype, packing: Pac
     filled: set[str] = set()
     unknown: list[str] = []
     left_out = 0
-    with progress("Loading weights", sum(path.stat().st_size for path in paths)) as advance:
+    with progress("Loading weights", sum(path.stat().st_size for path in paths)) as advance, large_blocks_given_back():
         for path in paths:
             for stored, tensor in stored_tensors(path):
                 advance(tensor.numel() * tensor.element_size())

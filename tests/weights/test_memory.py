@@ -1,0 +1,73 @@
+"""Starting takes little more memory than the weights: measured in a process of its own, on a model of 0.1 billion numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quire.models.config import parse_model_config
+from quire.models.registry import build_model
+from quire.ops.select import selected
+from tests.conftest import CONFIG, write_tokenizer
+
+SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 16000,
+    "torch_dtype": "bfloat16",
+}
+PEAK = """
+import json, sys
+from quire import LLM, SamplingParams
+
+def resident(kind):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(kind)).split()[1]) << 10
+
+def started(folder, **options):
+    llm = LLM(folder, num_gpu_blocks_override=64, max_model_len=512, max_num_batched_tokens=64, **options)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2), use_tqdm=False)
+    return llm.plan
+
+small, large, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+started(small, **options)  # code, and its memory
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+plan = started(large, **options)
+print(json.dumps({"peak": resident("VmHWM") - before, "weights": plan.weight_bytes, "kv": plan.kv_bytes}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    config = {**CONFIG, **SIZES}
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = build_model(parse_model_config(config))
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell the peak")
+@pytest.mark.skipif(selected().__name__ != "quire.ops.cpu", reason="the reference makes packed weights dense to multiply")
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8", "kv_cache_dtype": "int8"}], ids=str)
+def test_peak_is_at_most_the_weights_and_a_tenth(large: Path, tiny_llama: Path, options: dict) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tiny_llama), str(large), json.dumps(options)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["weights"] > 50 << 20
+    assert found["peak"] <= found["weights"] * 1.1 + found["kv"], found
