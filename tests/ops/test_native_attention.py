@@ -43,7 +43,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel leaves unwritten is NaN."""
-    monkeypatch.setattr(attention.torch, "empty", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    monkeypatch.setattr(attention.torch, "empty_like", lambda x, **_: torch.full(x.shape, torch.nan, dtype=x.dtype))
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -36,11 +36,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel leaves unwritten is NaN."""
 
-    def empty(*shape: int | torch.Size, dtype: torch.dtype) -> Tensor:
-        bad = torch.nan if dtype.is_floating_point else 77
-        return torch.full(shape[0] if isinstance(shape[0], torch.Size) else shape, bad, dtype=dtype)
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, torch.nan if dtype.is_floating_point else 77, dtype=dtype)
 
     monkeypatch.setattr(rows.torch, "empty", empty)
+    monkeypatch.setattr(rows.torch, "empty_like", lambda x, **_: empty(*x.shape, dtype=x.dtype))
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

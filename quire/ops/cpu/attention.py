@@ -9,13 +9,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from quire.ops.cpu.library import TYPES, AttentionStruct, HeadsStruct, KvStruct, address, call
+from quire.ops.cpu.library import ATTENTION, HEADS, KV, TYPES, call
+
+Numbers = tuple[int, ...]
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales: Tensor | None = None) -> None:
     k, v = _rows_of_heads(k), _rows_of_heads(v)
     slots = slots.contiguous()
-    call("write_kv", _cache(keys, values, scales), TYPES[k.dtype], len(k), _heads(k), _heads(v), slots.data_ptr())
+    cache = KV.pack(*_cache(keys, values, scales))
+    call("write_kv", cache, TYPES[k.dtype], len(k), _heads(k), _heads(v), slots.data_ptr())
 
 
 def rope_and_write(
@@ -36,7 +39,7 @@ def rope_and_write(
     assert q.stride(-1) == 1
     call(
         "rope_and_write",
-        _cache(keys, values, scales),
+        KV.pack(*_cache(keys, values, scales)),
         TYPES[q.dtype],
         len(q),
         q.shape[1],
@@ -85,7 +88,7 @@ def packed_attention(
     softcap: float | None = None,
 ) -> Tensor:
     k, v = _rows_of_heads(k), _rows_of_heads(v)
-    rows = KvStruct(
+    rows = (
         TYPES[k.dtype],
         k.shape[1],
         k.shape[2],
@@ -96,33 +99,31 @@ def packed_attention(
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        None,
+        0,
     )
-    return _attend(q, rows, starts, _lengths(starts), (None, 0, 1), (scale, softcap or 0.0, window or 0))
+    return _attend(q, rows, starts, _lengths(starts), (0, 0, 1), (scale, softcap or 0.0, window or 0))
 
 
-def _attend(
-    q: Tensor,
-    kv: KvStruct,
-    starts: tuple[int, ...],
-    lengths: tuple[int, ...],
-    tables: tuple[int | None, int, int],
-    options: tuple[float, float, int],
-) -> Tensor:
+def _attend(q: Tensor, kv: Numbers, starts: Numbers, lengths: Numbers, tables: Numbers, options: tuple[float, ...]) -> Tensor:
     q = _rows_of_heads(q)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    numbers, ends = _numbers(starts), _numbers(lengths)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    assert len(q) == starts[-1]
+    (borders, starts_at), (ends, lengths_at) = _numbers(starts), _numbers(lengths)
+    assert len(borders) == len(ends) + 1
+    token, head, _ = q.stride()
     call(
         "attend",
-        AttentionStruct(
+        ATTENTION.pack(
             TYPES[q.dtype],
             q.shape[1],
-            _heads(q),
+            q.data_ptr(),
+            token,
+            head,
             out.data_ptr(),
-            kv,
-            len(lengths),
-            ctypes.addressof(numbers),
-            ctypes.addressof(ends),
+            *kv,
+            len(ends),
+            starts_at,
+            lengths_at,
             *tables,
             *options,
         ),
@@ -130,40 +131,35 @@ def _attend(
     return out
 
 
-def _cache(keys: Tensor, values: Tensor, scales: Tensor | None) -> KvStruct:
-    """Of keys, values [N, B, K, D]."""
+def _cache(keys: Tensor, values: Tensor, scales: Tensor | None) -> Numbers:
+    """The fields of `quire_kv` for keys, values [N, B, K, D]."""
     blocks, block, heads, size = keys.shape
     assert keys.is_contiguous()
     assert values.is_contiguous()
-    assert scales is None or (scales.is_contiguous() and scales.dtype == torch.float32)
-    token = heads * size
-    return KvStruct(
-        TYPES[keys.dtype],
-        heads,
-        size,
-        blocks * block,
-        keys.data_ptr(),
-        values.data_ptr(),
-        token,
-        size,
-        token,
-        size,
-        address(scales),
-    )
+    token, scale = heads * size, 0
+    if scales is not None:
+        assert scales.is_contiguous()
+        assert scales.dtype == torch.float32
+        scale = scales.data_ptr()
+    places = keys.data_ptr(), values.data_ptr()
+    return TYPES[keys.dtype], heads, size, blocks * block, *places, token, size, token, size, scale
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor) -> HeadsStruct:
-    return HeadsStruct(x.data_ptr(), x.stride(0), x.stride(1))
+def _heads(x: Tensor) -> bytes:
+    token, head, _ = x.stride()
+    return HEADS.pack(x.data_ptr(), token, head)
 
 
-# Every layer of a step gives the same tuples. The array is held by the caller while the call runs.
+# Every layer of a step gives the same tuples.
 @functools.lru_cache(maxsize=64)
-def _numbers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+def _numbers(values: Numbers) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    """An array and its address. Who uses the address keeps the array."""
+    array = (ctypes.c_int64 * len(values))(*values)
+    return array, ctypes.addressof(array)
 
 
 @functools.lru_cache(maxsize=64)

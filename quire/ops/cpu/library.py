@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,53 +45,14 @@ class WeightStruct(ctypes.Structure):
     )
 
 
-class HeadsStruct(ctypes.Structure):
-    """`quire_heads`."""
-
-    _fields_ = (("data", _pointer), ("token", _long), ("head", _long))
-
-
-class KvStruct(ctypes.Structure):
-    """`quire_kv`."""
-
-    _fields_ = (
-        ("type", ctypes.c_int32),
-        ("kv_heads", _long),
-        ("size", _long),
-        ("slots", _long),
-        ("keys", _pointer),
-        ("values", _pointer),
-        ("k_token", _long),
-        ("k_head", _long),
-        ("v_token", _long),
-        ("v_head", _long),
-        ("scales", _pointer),
-    )
-
-
-class AttentionStruct(ctypes.Structure):
-    """`quire_attention`."""
-
-    _fields_ = (
-        ("type", ctypes.c_int32),
-        ("heads", _long),
-        ("q", HeadsStruct),
-        ("out", _pointer),
-        ("kv", KvStruct),
-        ("sequences", _long),
-        ("starts", _pointer),
-        ("lengths", _pointer),
-        ("tables", _pointer),
-        ("table_stride", _long),
-        ("block_size", _long),
-        ("scale", _float),
-        ("softcap", _float),
-        ("window", _long),
-    )
-
+# What a call builds anew each time is packed in one go, which takes a fraction of what a ctypes structure does.
+_HEADS, _KV = "Pqq", "iqqqPPqqqqP"
+HEADS = struct.Struct(_HEADS)  # quire_heads: data, token, head
+KV = struct.Struct(_KV)  # quire_kv: type, kv_heads, size, slots, keys, values, k_token, k_head, v_token, v_head, scales
+# quire_attention: type, heads, q, out, kv, sequences, starts, lengths, tables, table_stride, block_size, scale, softcap, window
+ATTENTION = struct.Struct(f"iq{_HEADS}P{_KV}qPPPqqffq")
 
 _weight = ctypes.POINTER(WeightStruct)
-_heads, _kv = ctypes.POINTER(HeadsStruct), ctypes.POINTER(KvStruct)
 SIGNATURES = {
     "version": (),
     "set_isa": (ctypes.c_char_p,),
@@ -104,9 +67,9 @@ SIGNATURES = {
     "activation": (_int, _int, _long, _long, _pointer, _long, _pointer, _long, _pointer),
     "gather_rows": (_long, _pointer, _pointer, _long, _long, _long, _pointer),
     "rope": (_int, _long, _long, _long, _long, _pointer, _long, _long, _pointer, _pointer, _pointer),
-    "write_kv": (_kv, _int, _long, _heads, _heads, _pointer),
-    "rope_and_write": (_kv, _int, _long, _long, _long, _heads, _heads, _heads, _pointer, _pointer, _pointer),
-    "attend": (ctypes.POINTER(AttentionStruct),),
+    "write_kv": (_pointer, _int, _long, _pointer, _pointer, _pointer),
+    "rope_and_write": (_pointer, _int, *[_long] * 3, *[_pointer] * 6),
+    "attend": (_pointer,),
 }
 
 
@@ -137,15 +100,19 @@ def available() -> bool:
 _threads = 0
 
 
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    return getattr(library(), f"quire_{name}")
+
+
 def call(name: str, *arguments: object) -> None:
     """Call `quire_<name>` with as many threads as torch has. Arguments that it refuses are our own mistake."""
     global _threads
-    native = library()
     count = torch.get_num_threads()
     if count != _threads:
-        native.quire_set_threads(count)
+        library().quire_set_threads(count)
         _threads = count
-    result = getattr(native, f"quire_{name}")(*arguments)
+    result = _function(name)(*arguments)
     assert result == 0, f"quire_{name} does not support {arguments}"
 
 

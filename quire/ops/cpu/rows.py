@@ -118,7 +118,7 @@ def _embedding(ids: Tensor, table: Tensor) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     x, rows, stride = _as_rows(x)
     weight = weight.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call(
         "rms_norm",
         TYPES[x.dtype],
@@ -141,7 +141,7 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     if len({t.dtype for t in given}) > 1:
         weight, bias = (t.float() for t in given)
         given = [weight, bias]
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call(
         "layer_norm",
         TYPES[x.dtype],
@@ -163,7 +163,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     tokens, heads, size = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call(
         "rope",
         TYPES[x.dtype],
@@ -195,15 +195,17 @@ def _activate(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     if up is not None:
         up, _, up_stride = _as_rows(up)
         other = up.data_ptr(), up_stride
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call("activation", TYPES[x.dtype], KINDS[kind], rows, x.shape[-1], x.data_ptr(), stride, *other, out.data_ptr())
     return out
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """x, copied if its rows do not lie at one distance; the number of rows and that distance."""
-    size = x.shape[-1]
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x, x.shape[0], x.stride(0)
+    if x.dim() == 2:
+        stride, last = x.stride()
+        if last == 1:
+            return x, len(x), stride
     x = x.contiguous()
+    size = x.shape[-1]
     return x, x.numel() // size if size else 0, size
