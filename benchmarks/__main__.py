@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.record import record
 
-NAMES = ("scheduler", "throughput", "kernels", "quality")
+NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality")
 
 
 def main(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
     python -m benchmarks.engines --peers DIR                 # everything, two rounds
     python -m benchmarks.engines --peers DIR --plan quick    # one round
     python -m benchmarks.engines --peers DIR --prepare       # only make the model in all forms
+    python -m benchmarks.engines --peers DIR --check         # only see whether every engine starts and answers
 
 Ctrl-C ends the engine that is running and writes what was measured.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import page, roofline
+from benchmarks.engines.check import check
 from benchmarks.engines.checkpoints import CannotMake, Work
 from benchmarks.engines.lineup import Entry, Place, entries
 from benchmarks.engines.sitting import PLANS, Sitting, code_version
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quire", metavar="JSON", default="{}", help='further options of Quire\'s engine: {"block_size": 32}')
     made.add_argument("--no-limits", action="store_true", help="do not measure the machine's limits, for a quick look")
     made.add_argument("--prepare", action="store_true", help="make the models and stop")
+    made.add_argument("--check", action="store_true", help="only see whether every engine starts and answers")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results [benchmarks/results]")
     return made
 
@@ -70,11 +73,13 @@ def main(arguments: list[str]) -> int:
         parser().error(f"--engines {options.engines} names none of: {', '.join(entry.name for entry in entries())}")
     if options.prepare:
         return _prepare(place, entered)
+    logs = work.path("logs")
+    logs.mkdir(exist_ok=True)
+    if options.check:
+        return 0 if check(place, entered, logs) else 1
     now = datetime.now(UTC)
     path = options.output / f"{now:%Y-%m-%d-%H%M}-engines-{options.shape}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    logs = work.path("logs")
-    logs.mkdir(exist_ok=True)
     facts = {**_facts(place, options.shape), "time": f"{now:%Y-%m-%d %H:%M}Z", **vars(plan), "options": place.plain}
     sitting = Sitting(
         place,
