@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-GRACE_SECONDS = 15.0
+GRACE_SECONDS, LEAST_GRACE = 15.0, 2.0
 MIB = 1024
 
 
@@ -113,14 +113,14 @@ class Running:
             with suppress(OSError):
                 self.process.stdin.close()
             self._wait(grace)
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, seconds in ((signal.SIGTERM, max(grace, LEAST_GRACE)), (signal.SIGKILL, GRACE_SECONDS)):
             left = {pid for pid in self._family if _alive(pid)}
             with suppress(OSError):
                 os.killpg(self.process.pid, number)
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, number)
-            self._wait(GRACE_SECONDS)
+            self._wait(seconds)
             if not any(_alive(pid) for pid in self._family):
                 break
         self._wait(GRACE_SECONDS)
