@@ -44,7 +44,7 @@ def plain_grid(weight: Tensor, size: int, symmetric: bool, shrink: float = 1.0) 
     if symmetric:
         scales, zeros = safe(grouped.abs().amax(-1) * shrink / 7.5), torch.full(grouped.shape[:2], float(MIDDLE))
     else:
-        scales, zeros = asymmetric_grid(grouped, shrink)
+        scales, zeros = asymmetric_grid(grouped.amin(-1) * shrink, grouped.amax(-1) * shrink)
     scales = scales.clamp_min(LEAST).half().float()
     # Never 0: the first GPTQ format keeps zero - 1 in four bits.
     return Grid(scales, zeros.clamp(1, 15), size)

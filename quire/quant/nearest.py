@@ -55,42 +55,44 @@ def _int4(values: Tensor, size: int) -> Int4Weight:
     scales = torch.empty(outputs, inputs // size)
     zeros = torch.empty(outputs, inputs // size, dtype=torch.uint8)
     for rows in pieces(values):
-        grouped = values[rows].float().view(-1, inputs // size, size)
-        scales[rows], wide_zeros = better_grid(grouped)
-        zeros[rows] = wide_zeros.to(torch.uint8)
-        packed[rows] = pack_nibbles(round_to(grouped, scales[rows], wide_zeros).view(-1, inputs).to(torch.uint8))
+        numbers, scales[rows], chosen = better_grid(values[rows].float().view(-1, inputs // size, size))
+        zeros[rows] = chosen.to(torch.uint8)
+        packed[rows] = pack_nibbles(numbers.view(-1, inputs).to(torch.uint8))
     return Int4Weight(packed, scales, zeros, size)
 
 
 def round_to(grouped: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """grouped [..., G, g] as whole numbers 0 to 15 (in float32) of grids scales, zeros [..., G]."""
-    return torch.round(grouped / scales[..., None]).add_(zeros[..., None]).clamp_(0, MOST_INT4)
+    return (grouped * scales.reciprocal()[..., None]).round_().add_(zeros[..., None]).clamp_(0, MOST_INT4)
 
 
 def restored(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """What those numbers stand for."""
-    return (numbers - zeros[..., None]) * scales[..., None]
+    return (numbers - zeros[..., None]).mul_(scales[..., None])
 
 
-def better_grid(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """(scales, zeros) [..., G] for grouped [..., G, g]: for each group the symmetric or the asymmetric grid, as errs less."""
-    candidates = (symmetric_grid(grouped), asymmetric_grid(grouped))
-    errors = [(restored(round_to(grouped, *grid), *grid) - grouped).square().sum(-1) for grid in candidates]
+def better_grid(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(numbers, scales [..., G], zeros) of grouped [..., G, g]: each group's symmetric or asymmetric grid, as errs less."""
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    grids = (symmetric_grid(low, high), asymmetric_grid(low, high))
+    numbers = [round_to(grouped, *grid) for grid in grids]
+    restorations = [restored(one, *grid) for one, grid in zip(numbers, grids, strict=True)]
+    errors = [torch.linalg.vector_norm(one.sub_(grouped), dim=-1) for one in restorations]
     first = errors[0] <= errors[1]
-    return tuple(torch.where(first, one, other) for one, other in zip(*candidates, strict=True))
+    scales, zeros = (torch.where(first, one, other) for one, other in zip(*grids, strict=True))
+    return torch.where(first[..., None], *numbers), scales, zeros
 
 
-def symmetric_grid(grouped: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def symmetric_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Zero in the middle, at 8; the number that is largest in size lies at the end that has one step more."""
-    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1) * shrink
     # A negative scale where the extreme is positive: (0 - 8) * scale reaches it exactly.
-    scales = extreme / -MIDDLE
+    scales = torch.where(high > -low, high, low) / -MIDDLE
     return torch.where(scales != 0, scales, torch.ones_like(scales)), torch.full_like(scales, MIDDLE)
 
 
-def asymmetric_grid(grouped: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def asymmetric_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """From the lowest to the highest number, both taken to be on their sides of 0."""
-    low, high = grouped.amin(-1).clamp_max(0) * shrink, grouped.amax(-1).clamp_min(0) * shrink
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scales = safe((high - low) / MOST_INT4)
     return scales, torch.round(-low / scales).clamp(0, MOST_INT4)
 
