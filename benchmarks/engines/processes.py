@@ -51,7 +51,8 @@ class Running:
                 start_new_session=True,
             )
         # Forgotten children (an engine's workers) keep this group or can be found below the process while it lives.
-        self._family: set[int] = {self.process.pid}
+        self._family: set[tuple[int, str]] = set()
+        self._meet()
 
     def ask(self, question: Any, deadline: float) -> dict[str, Any]:
         """Send one line of JSON and wait for the answer. Raises TooSlow and Failed."""
@@ -94,8 +95,8 @@ class Running:
 
     def peak_mib(self) -> int:
         """The most memory that the process and its living descendants held, each at its own peak (shared pages count twice)."""
-        self._family |= descendants(self.process.pid)
-        self._peak_kib = max(self._peak_kib, sum(_peak_kib(pid) for pid in self._family))
+        self._meet()
+        self._peak_kib = max(self._peak_kib, sum(_peak_kib(pid) for pid, _ in self._living()))
         return self._peak_kib // MIB
 
     def last_words(self) -> str:
@@ -108,29 +109,37 @@ class Running:
 
     def close(self, grace: float = GRACE_SECONDS) -> None:
         """End it and everything below it: by closing its input, where it has `grace` seconds, by asking, then by force."""
-        self._family |= descendants(self.process.pid)
+        self._meet()
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()
             self._wait(grace)
         for number, seconds in ((signal.SIGTERM, max(grace, LEAST_GRACE)), (signal.SIGKILL, GRACE_SECONDS)):
-            left = {pid for pid in self._family if _alive(pid)}
-            with suppress(OSError):
-                os.killpg(self.process.pid, number)
-            for pid in left:
+            if self.process.returncode is None:
+                self._meet()
+            left = self._living()
+            if not left:
+                break
+            for pid, _ in left:
                 with suppress(OSError):
                     os.kill(pid, number)
             self._wait(seconds)
-            if not any(_alive(pid) for pid in self._family):
-                break
         self._wait(GRACE_SECONDS)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
+    def _meet(self) -> None:
+        """Remember who is there now; by number and birth, as a number may be given again to somebody else."""
+        found = ((pid, _birth(pid)) for pid in {self.process.pid, *descendants(self.process.pid), *members(self.process.pid)})
+        self._family |= {(pid, birth) for pid, birth in found if birth is not None}
+
+    def _living(self) -> set[tuple[int, str]]:
+        return {(pid, birth) for pid, birth in self._family if _birth(pid) == birth}
+
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.process.poll() is not None and not any(_alive(pid) for pid in self._family):
+            if self.process.poll() is not None and not self._living():
                 return
             time.sleep(0.05)
 
@@ -142,15 +151,28 @@ class Running:
         self.close(GRACE_SECONDS if error is None else 0.0)
 
 
-def descendants(pid: int) -> set[int]:
-    """Everything that was started below a process and is still linked to it."""
-    children: dict[int, list[int]] = {}
+def _everybody() -> list[tuple[int, int, int]]:
+    """(number, parent, group) of every process."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError, IndexError, ValueError):
-                # The name in brackets may hold spaces: the parent is the second field after it.
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
+                # The name in brackets may hold spaces: parent and group are the second and third field after it.
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                found.append((int(entry.name), int(fields[1]), int(fields[2])))
+    return found
+
+
+def members(group: int) -> set[int]:
+    """The processes of a group, also those whose parents have ended."""
+    return {pid for pid, _, own in _everybody() if own == group}
+
+
+def descendants(pid: int) -> set[int]:
+    """Everything that was started below a process and is still linked to it."""
+    children: dict[int, list[int]] = {}
+    for number, parent, _ in _everybody():
+        children.setdefault(parent, []).append(number)
     found: set[int] = set()
     waiting = [pid]
     while waiting:
@@ -169,7 +191,9 @@ def _peak_kib(pid: int) -> int:
     return 0
 
 
-def _alive(pid: int) -> bool:
+def _birth(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None once it has ended."""
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] not in "ZX" else None
+    return None

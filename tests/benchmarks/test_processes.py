@@ -62,6 +62,18 @@ def test_a_deadline_and_an_interruption_leave_nothing(tmp_path: Path) -> None:
     assert gone(child)
 
 
+def test_a_child_whose_parent_has_ended_is_found(tmp_path: Path) -> None:
+    orphan = "import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(c.pid)"
+    script = f"import json, subprocess, sys, time\nout = subprocess.run([sys.executable, '-c', {orphan!r}], stdout=-1).stdout\n"
+    script = script.replace("stdout=-1", "stdout=subprocess.PIPE").replace("print(c.pid)", "print(c.pid, flush=True)")
+    script = script.replace("time.sleep(60)']", "time.sleep(60)'], stdout=subprocess.DEVNULL")
+    script += "print(json.dumps({'child': int(out)}), flush=True)\nsys.stdin.read()\n"
+    with running(tmp_path, script) as process:
+        child = process.answer(soon())["child"]
+        assert child not in descendants(process.process.pid)
+    assert gone(child)
+
+
 def test_last_words(tmp_path: Path) -> None:
     with running(tmp_path, "import sys; print('first'); sys.exit('what is wrong')") as process:
         with pytest.raises(ValueError):
