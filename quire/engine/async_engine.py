@@ -119,6 +119,7 @@ class AsyncEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False while requests hold blocks."""
+        self._check_alive()
         done: list[bool] = []
         event = threading.Event()
 

@@ -55,21 +55,20 @@ class Speculator:
 
     def extend(
         self, chunks: list[Chunk], sequences: Mapping[int, Sequence], used: int, budget: int, copies: list[tuple[int, int]]
-    ) -> int:
-        """Append drafts to `chunks` of a step that has `used` tokens and may take `budget` more; returns how many tokens."""
-        room = most = min(self._rules.most_rows - used, budget)
+    ) -> None:
+        """Append drafts to `chunks` of a step that has `used` tokens and may take `budget` more."""
+        room = min(self._rules.most_rows - used, budget)
         if room <= 0:
-            return 0
+            return
         able = [place for place, chunk in enumerate(chunks) if _may_draft(chunk, sequences[chunk.sequence])]
         for left, place in zip(range(len(able), 0, -1), able, strict=True):
             # An equal share of the rows for each, and what one does not need for those after it.
             room -= self._draft(chunks, place, sequences[chunks[place].sequence], -(-room // left), copies)
-        return most - room
 
     def _draft(
         self, chunks: list[Chunk], place: int, sequence: Sequence, room: int, copies: list[tuple[int, int]]
     ) -> int:
-        """Append at most `room` tokens to one chunk."""
+        """Append at most `room` tokens to one chunk; returns how many."""
         # One more token is drawn than is drafted.
         most = min(room, sequence.max_length - len(sequence.tokens) - 1)
         if most <= 0:

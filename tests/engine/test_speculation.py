@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quire import LLM, BeamSearchParams, SamplingParams
+from quire import LLM, BeamSearchParams, EngineConfig, SamplingParams
+from quire.cli.flags import build, options_of
 from quire.engine.drawing import good
 from quire.errors import ConfigError
 from quire.request import CompletionOutput, RequestOutputKind
@@ -192,6 +194,14 @@ def test_rows_after_the_first_surprise_do_not_count() -> None:
 def test_a_wrong_configuration_is_refused_with_its_key(tiny_llama: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(str(tiny_llama), speculative_config=options)
+
+
+def test_the_command_line_names_its_flag() -> None:
+    (option,) = (option for option in options_of(EngineConfig, "Engine") if option.name == "speculative_config")
+    read = option.type.convert(json.dumps({**DRAFTS, "num_speculative_tokens": 99}), option, None)
+    with pytest.raises(ConfigError, match=r"--speculative-config num_speculative_tokens must be .* in \[1, 16\], got 99"):
+        build(EngineConfig, {"model": "any", "speculative_config": read})
+    assert build(EngineConfig, {"model": "any", "speculative_config": DRAFTS}).speculative_config == DRAFTS
 
 
 def test_lengths_that_are_not_given() -> None:
