@@ -80,7 +80,7 @@ def bits(model: torch.nn.Module, tokens: list[int]) -> float:
 
 def test_held_out_text_is_predicted_better_than_by_a_bigram() -> None:
     """On a passage of the library that training left out; the baselines were counted on all training text."""
-    assert bits(loaded_for_training(), SAMPLE["tokens"]) < SAMPLE["bigram_bits"] - 0.3 < SAMPLE["unigram_bits"]
+    assert bits(loaded_for_training(), SAMPLE["tokens"]) < SAMPLE["bigram_bits"] - 1 < SAMPLE["unigram_bits"]
 
 
 def test_the_whole_context_is_usable() -> None:
