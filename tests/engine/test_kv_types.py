@@ -160,3 +160,18 @@ def test_wishes_that_cannot_be_granted() -> None:
         LLM("quire-tiny", kv_cache_dtype="fp8_e4m4")
     with pytest.raises(ConfigError, match=r"calculate_kv_scales needs a kv_cache_dtype of fp8, .* got 'auto'"):
         LLM("quire-tiny", calculate_kv_scales=True)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_drafts_change_nothing(tiny_llama: Path, kind: str) -> None:
+    """Keys of drafts that were wrong lie in the cache until the right ones take their places."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    prompts = [[5, 9, 200, 31] * 12, [7, 8] * 9]
+    params = SamplingParams(temperature=0.3, seed=3, max_tokens=60, logprobs=1, ignore_eos=True)
+    found = []
+    for config in (None, drafts):
+        llm = LLM(str(tiny_llama), kv_cache_dtype=kind, calculate_kv_scales=True, speculative_config=config)
+        found.append([facts(output.outputs[0]) for output in llm.generate(prompts, params, use_tqdm=False)])
+        drafted = llm._engine.scheduler.speculated.draft_tokens
+    assert found[0] == found[1]
+    assert drafted > 0
