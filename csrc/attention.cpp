@@ -84,13 +84,20 @@ INLINE void transpose(Words *rows) {
 #endif
 }
 
+// Heads of one token lie far apart, where the hardware does not look ahead by itself.
+INLINE void fetch(const uint8_t *row, int64_t count) {
+    for (int64_t from = 0; from < count; from += 64) __builtin_prefetch(row + from, 0, 2);
+}
+
 // Keys [begin, end) of a span, both multiples of LANES, into [panel of 32 keys][size][32]. Transposed as words, of one to
-// four numbers each, and widened afterwards.
-template <int type> void decode_keys(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
+// four numbers each, and widened afterwards. `ahead`: rows that are needed next; memory brings them meanwhile.
+template <int type>
+void decode_keys(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, float *out) {
     constexpr int BYTES = Element<type>::BYTES, EACH = 4 / BYTES, WIDTH = LANES * 4;
     const int64_t row_bytes = size * BYTES, whole = row_bytes / WIDTH * WIDTH, rest = row_bytes - whole;
     for (int key = begin; key < end; key += LANES) {
         float *to = out + key / PANEL * size * PANEL + key % PANEL;
+        for (int i = 0; i < LANES; i++) fetch(ahead[key + i], row_bytes);
         Words words[LANES];
         for (int64_t from = 0; from < whole; from += WIDTH) {
             for (int i = 0; i < LANES; i++) words[i] = load<Words>(rows[key + i] + from);
@@ -109,13 +116,16 @@ template <int type> void decode_keys(const uint8_t *const *rows, int begin, int 
 INLINE int panel_width(int64_t size, int64_t d) { return size - d > 16 ? PANEL : 16; }
 
 // Values [begin, end) into [panel of dimensions][128][width of the panel], filled up with zeros.
-template <int type> void decode_values(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
+template <int type>
+void decode_values(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, float *out) {
     for (int64_t d = 0; d < size; d += PANEL) {
         const int width = panel_width(size, d);
         float *to = out + d * SPAN;
-        for (int key = begin; key < end; key++)
+        for (int key = begin; key < end; key++) {
+            fetch(ahead[key] + d * Element<type>::BYTES, width * Element<type>::BYTES);
             for (int i = 0; i < width; i += LANES)
                 store(to + key * width + i, d + i < size ? read<type>(rows[key], d + i, size) : Floats{});
+        }
     }
 }
 
@@ -209,7 +219,7 @@ INLINE float hide(float *scores, int first, int last, int begin, int end, float 
     if (softcap != 0.0f)
         for (int i = first; i < last; i += LANES)
             store(scores + i, softcap * tanh(load<Floats>(scores + i) / softcap));
-    Floats most = all(-INFINITY), places;
+    Floats places;
     if (begin > first || end < last) {
         for (int i = 0; i < LANES; i++) places[i] = float(i);
         for (int i = first; i < last; i += LANES) {
@@ -218,7 +228,11 @@ INLINE float hide(float *scores, int first, int last, int begin, int end, float 
             store(scores + i, place < float(end) ? s : all(-INFINITY));
         }
     }
-    for (int i = first; i < last; i += LANES) most = larger(load<Floats>(scores + i), most);
+    Sixteen most;
+    for (int v = 0; v < Sixteen::COUNT; v++) most.part[v] = all(-INFINITY);
+    for (int i = first; i < last; i += 16)
+        for (int v = 0; v < Sixteen::COUNT; v++)
+            most.part[v] = larger(load<Floats>(scores + i + v * LANES), most.part[v]);
     return largest(most);
 }
 
@@ -299,8 +313,8 @@ struct Span {
     int64_t row_bytes;
     const uint8_t *keys[SPAN], *values[SPAN];
 
-    // Those of the positions [first, last] of the sequence. The places beside them, up to multiples of LANES, name a key that
-    // there is: its scores are hidden.
+    // Those of the positions [first, last] of the sequence. The places beside them name one that there is: it is read where
+    // only whole vectors can be, and its scores are hidden.
     void locate(const Task &task, int64_t number, int64_t first, int64_t last) {
         const quire_attention &call = task.call;
         const quire_kv &kv = call.kv;
@@ -322,14 +336,9 @@ struct Span {
             const uint8_t *key = k + slot * k_step, *value = v + slot * v_step;
             for (; count > 0; count--, i++, key += k_step, value += v_step) keys[i] = key, values[i] = value;
         }
-        for (int i = low; i % LANES; i--) keys[i - 1] = keys[low];
-        for (int i = high; i % LANES; i++) keys[i] = keys[low];
-    }
-
-    // Heads of one token lie far apart, where the hardware does not look ahead by itself.
-    void fetch(const uint8_t *const *rows) const {
-        for (int i = low; i < high; i++)
-            for (int64_t from = 0; from < row_bytes; from += 64) __builtin_prefetch(rows[i] + from, 0, 2);
+        const uint8_t *key = low < high ? keys[low] : k, *value = low < high ? values[low] : v;
+        for (int i = 0; i < low; i++) keys[i] = key, values[i] = value;
+        for (int i = high; i < SPAN; i++) keys[i] = key, values[i] = value;
     }
 };
 
@@ -354,8 +363,8 @@ struct Room {
 struct Formats {
     void (*read_query)(const uint8_t *, int64_t, float, const float *, float *) = nullptr;
     void (*write_output)(const float *, int64_t, float, const float *, uint8_t *) = nullptr;
-    void (*decode_keys)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
-    void (*decode_values)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+    void (*decode_keys)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+    void (*decode_values)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, float *) = nullptr;
 };
 
 template <int type> void read_query(const uint8_t *x, int64_t size, float scale, const float *keys_scale, float *out) {
@@ -405,16 +414,15 @@ void attend(const Task &task, const Formats &formats) {
     const int64_t first_place = lowest_seen(task.position);
     Span spans[2];
     spans[0].locate(task, first_place / SPAN, first_place, last_place);
-    spans[0].fetch(spans[0].keys), spans[0].fetch(spans[0].values);
+    for (int i = spans[0].low; i < spans[0].high; i++)
+        fetch(spans[0].keys[i], spans[0].row_bytes), fetch(spans[0].values[i], spans[0].row_bytes);
     for (int64_t number = first_place / SPAN; number * SPAN <= last_place; number++) {
         const Span &span = spans[(number - first_place / SPAN) % 2];
         Span &next = spans[(number - first_place / SPAN + 1) % 2];
         next.locate(task, number + 1, first_place, last_place);
         auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - number * SPAN, 0, SPAN)); };
-        next.fetch(next.keys);
-        formats.decode_keys(span.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
-        next.fetch(next.values);
-        formats.decode_values(span.values, span.low, span.high, size, room.values);
+        formats.decode_keys(span.keys, next.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
+        formats.decode_values(span.values, next.values, span.low, span.high, size, room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
             const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);

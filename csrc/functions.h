@@ -73,20 +73,32 @@ struct Sixteen {
     Floats part[COUNT];
 };
 
-INLINE float sum(const Sixteen &s) {
+// Sixteen places become one: i with i + 8, then i + 4, i + 2, i + 1.
+template <class Op> INLINE float fold(const Sixteen &s, const Op &op) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 whole = (__m512)s.part[0];
+    const __m256 low = _mm512_castps512_ps256(whole), high = _mm512_extractf32x8_ps(whole, 1);
+#else
+    const __m256 low = (__m256)s.part[0], high = (__m256)s.part[1];
+#endif
+    const __m256 eight = op(low, high);
+    const __m128 four = op(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = op(four, _mm_movehl_ps(four, four));
+    return op(two, _mm_movehdup_ps(two))[0];
+#else
     alignas(64) float place[16];
     for (int i = 0; i < Sixteen::COUNT; i++) store(place + i * LANES, s.part[i]);
     for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) place[i] += place[i + width];
+        for (int i = 0; i < width; i++) place[i] = op(place[i], place[i + width]);
     return place[0];
+#endif
 }
-
-INLINE float largest(Floats v) {
-    alignas(64) float place[LANES];
-    store(place, v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) place[i] = place[i] > place[i + width] ? place[i] : place[i + width];
-    return place[0];
+INLINE float sum(const Sixteen &s) {
+    return fold(s, [](auto a, auto b) { return a + b; });
+}
+INLINE float largest(const Sixteen &s) {
+    return fold(s, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- vectors in memory -----------------------------------------------------------------------------------------------
