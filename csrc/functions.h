@@ -1,8 +1,8 @@
 // Elementary functions on vectors, and vectors of each element type in memory.
 //
 // A tail goes through the same vector code as the body, filled up with zeros: what becomes of an element never depends on
-// its place in the tensor. Coefficients are least-maximum-error fits; the stated errors are the largest found over every
-// float32 of the range (in units in the last place, against float64).
+// its place in the tensor. Coefficients are least-maximum-error fits; the stated errors bound what one in three of
+// all float32 numbers shows (in units in the last place, against float64).
 #pragma once
 
 #include "quire.h"
@@ -14,7 +14,7 @@ namespace QUIRE_ISA {
 
 // ---- exp, tanh, erf ------------------------------------------------------------------------------------------------
 
-// Error below 1.0 ulp. Below -87.3 (the smallest normal result) exactly 0; exp(0) is exactly 1.
+// Error below 1.1 ulp. Below -87.3 (the smallest normal result) exactly 0; exp(0) is exactly 1.
 INLINE Floats exp(Floats x) {
     const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
     Floats shifted = fma(x, all(1.44269504f), shift), n = shifted - shift;
