@@ -1,8 +1,8 @@
 """AWQ (Lin et al. 2023): inputs that are large get finer weights, by a scale that is folded into what comes before.
 
-x W^T = (x / s) (W s)^T, with s = |x|^a; a is searched for each set of linears that share an input. The loss is the error of
-the linears' own outputs, calculated from their inputs' gram matrix. Which part of a layer comes before which linear is the one
-thing here that depends on families: the table FOLDS.
+x W^T = (x / s) (W s)^T, with s = |x|^a / |w|^(1 - a); a is searched for each set of linears that share an input. The loss is
+the error of the linears' own outputs, calculated from their inputs' gram matrix. Which part of a layer comes before which
+linear is the one thing here that depends on families: the table FOLDS.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ FOLDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ln_2", ("mlp.c_fc",)),
 )
 EXPERT_FOLDS = (("up_proj", "down_proj"), ("w3", "w2"))
-# Their products meet before a softmax, where a cut-off weight does harm (as in the paper's code).
-NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj", "c_attn")
 
 
 @dataclass(frozen=True)
@@ -111,25 +109,37 @@ def fold_scales(layer: nn.Module, inputs: Mapping[str, Inputs], sizes: Mapping[s
 
 
 def best_scale(weights: Sequence[Tensor], inputs: Sequence[Inputs], sizes: Sequence[int | None], symmetric: bool) -> Tensor:
-    """The scale [I] with which rounding errs least, for weights [O, I] that read the same channels."""
-    mean = sum(one.sizes for one in inputs) / max(1, sum(one.count for one in inputs))
-    best, least = torch.ones_like(mean), float("inf")
+    """The scale [I] with which rounding errs least, for weights [O, I] that read the same channels.
+
+    Each linear's error counts as a part of its output, so that large scores do not outvote small values.
+    """
+    seen = sum(one.sizes for one in inputs) / max(1, sum(one.count for one in inputs))
+    usual = torch.cat([_within_groups(weight, size) for weight, size in zip(weights, sizes, strict=True)]).mean(0)
+    outputs = [max(output_error(weight, one.gram), 1e-30) for weight, one in zip(weights, inputs, strict=True)]
+    best, least = torch.ones_like(seen), float("inf")
     for exponent in EXPONENTS:
-        scale = mean.clamp_min(1e-8).pow(exponent).clamp_min(LEAST_SCALE)
+        scale = seen.clamp_min(1e-8).pow(exponent) / usual.clamp_min(LEAST_SCALE).pow(1 - exponent)
+        scale = scale.clamp_min(LEAST_SCALE)
         scale = scale / (scale.max() * scale.min()).sqrt()
         loss = 0.0
-        for weight, one, size in zip(weights, inputs, sizes, strict=True):
+        for weight, one, size, output in zip(weights, inputs, sizes, outputs, strict=True):
             scaled = weight * scale
-            loss += output_error(plain_grid(scaled, size, symmetric).nearest(scaled) / scale - weight, one.gram)
+            error = plain_grid(scaled, size, symmetric).nearest(scaled) / scale - weight
+            loss += output_error(error, one.gram) / output
         if loss < least:
             best, least = scale, loss
     return best
 
 
-def rounded(name: str, weight: Tensor, gram: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Grid]:
+def _within_groups(weight: Tensor, size: int | None) -> Tensor:
+    """Sizes of numbers as parts of the largest of their group: where they are small, a scale may grow for free."""
+    grouped = weight.view(len(weight), -1, size or weight.shape[1]).abs()
+    return (grouped / grouped.amax(-1, keepdim=True).clamp_min(1e-12)).view_as(weight)
+
+
+def rounded(weight: Tensor, gram: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Grid]:
     """(numbers 0 to 15 as float32 [O, I], their grid) of a weight that already has its scales."""
-    clipped = name.rpartition(".")[2] not in NOT_CLIPPED and bool(gram.any())
-    grid = fitted_grid(weight, gram, size, symmetric) if clipped else plain_grid(weight, size, symmetric)
+    grid = fitted_grid(weight, gram, size, symmetric) if gram.any() else plain_grid(weight, size, symmetric)
     return grid.rounded(weight), grid
 
 

@@ -73,16 +73,16 @@ def quantize(model: CausalLM, rows: Sequence[Sequence[int]], recipe: Recipe, adv
                 if key not in quantized and not torch.equal(parameter, before[key]):
                     made.changed[f"{name}.{key}"] = parameter.detach()
         for key, linear in wanted.items():
-            made.parts[f"{name}.{key}"] = _four_bits(key, linear, inputs[key], recipe)
+            made.parts[f"{name}.{key}"] = _four_bits(linear, inputs[key], recipe)
         advance(1)
     return made
 
 
-def _four_bits(name: str, linear: Linear, inputs: Inputs, recipe: Recipe) -> dict[str, Tensor]:
+def _four_bits(linear: Linear, inputs: Inputs, recipe: Recipe) -> dict[str, Tensor]:
     """The stored parts of one linear, whose weight becomes what they stand for."""
     weight, size = linear.weight.float(), recipe.group_size
     if recipe.method == "awq":
-        numbers, grid = awq.rounded(name, weight, inputs.gram, size, recipe.symmetric)
+        numbers, grid = awq.rounded(weight, inputs.gram, size, recipe.symmetric)
     elif inputs.count:
         numbers, grid = gptq.rounded(weight, inputs.gram, size, recipe.symmetric)
     else:  # an expert that no row was sent to

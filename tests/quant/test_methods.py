@@ -79,7 +79,7 @@ def test_awq_errs_less_than_rounding() -> None:
     for weight in weights:
         plain = output_error(plain_grid(weight, SIZE, False).nearest(weight) - weight, inputs.gram)
         scaled, gram = weight * scale, inputs.gram / (scale[:, None] * scale)
-        numbers, grid = awq.rounded("o_proj", scaled, gram, SIZE, False)
+        numbers, grid = awq.rounded(scaled, gram, SIZE, False)
         assert output_error(grid.restored(numbers) / scale - weight, inputs.gram) < 0.7 * plain
 
 
