@@ -1,13 +1,13 @@
 // Causal attention with one order of summation for every way of cutting a batch.
 //
-// Keys are taken in spans of 128 positions, counted from the start of the sequence. Each query row folds the spans one after
-// another into a running maximum, sum and output (Milakov & Gimelshein 2018; Dao 2022). A score is one chain over the head's
-// dimensions, an output one chain over the keys, a row's sum of weights sixteen chains over the keys modulo 16: nothing
+// Keys are taken in spans of 128 positions, counted from the start of the sequence. Each query row folds the spans one
+// after another into a running maximum, sum and output (Milakov & Gimelshein 2018; Dao 2022). A score is one chain over the
+// head's dimensions, an output one chain over the keys, a row's sum of weights sixteen chains over the keys modulo 16: nothing
 // depends on which rows share a tile, on where chunks begin or on threads. A key that a row may not see has the weight 0, a
 // span that it may not see the fade 1; leaving them out, where the whole tile may, changes no bit.
 //
-// A task is some rows of one sequence with the heads of one kv head. It decodes a span once, to float32: keys transposed, so
-// that lanes are keys, values as they lie, so that lanes are dimensions. Then its rows pass over it in tiles, as rows pass
+// A task is some rows of one sequence with the heads of one kv head. It decodes a span once, to float32: keys transposed,
+// so that lanes are keys, values as they lie, so that lanes are dimensions. Then its rows pass over it in tiles, as rows pass
 // over a panel of a weight in linear.cpp. What lies past a sequence's end is never read.
 //
 // Scales of a quantized cache: q is multiplied by `scale`, then by the keys' scale; the finished output by the values'.
@@ -36,7 +36,8 @@ constexpr int64_t TASK_ROWS = 168;     // rows that share the decoding of a span
 
 // sums[r][p][v] is one chain over i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel.
 template <int ROWS, int PANELS, int WIDTH, int STEP, int ROW>
-INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * WIDTH / LANES]) {
+INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel,
+                   Floats (&sums)[ROWS][PANELS * WIDTH / LANES]) {
     constexpr int EACH = WIDTH / LANES;
     for (int64_t i = 0; i < count; i++) {
         Floats values[PANELS * EACH];
@@ -116,8 +117,8 @@ struct Folded {
     float best, total;
 };
 
-// Scores [first, last), multiples of 32, of which [begin, end) may be seen: softly capped, the hidden ones -infinity. Returns
-// the largest.
+// Scores [first, last), multiples of 32, of which [begin, end) may be seen: softly capped, the hidden ones -infinity.
+// Returns the largest.
 INLINE float hide(float *scores, int first, int last, int begin, int end, float softcap) {
     if (softcap != 0.0f)
         for (int i = first; i < last; i += LANES)
@@ -172,7 +173,8 @@ struct Plan {
         rows = std::max<int64_t>(1, TASK_ROWS / group);
         count(call);
         // Few long runs: shorter ones, then fewer heads to each, until every thread has its share.
-        while (tasks * kv_heads < 3 * threads && rows * group > 4 * MOST_ROWS && rows > 1) rows = (rows + 1) / 2, count(call);
+        while (tasks * kv_heads < 3 * threads && rows * group > 4 * MOST_ROWS && rows > 1)
+            rows = (rows + 1) / 2, count(call);
         parts = 1;
         while (tasks * kv_heads * parts < threads && parts * 2 <= group) parts *= 2;
         tasks *= kv_heads * parts;
@@ -227,7 +229,8 @@ struct Span {
         const uint8_t *v = bytes(kv.values) + task.kv_head * kv.v_head * each;
         const int64_t *table = call.tables ? call.tables + task.sequence * call.table_stride : nullptr;
         row_bytes = kv.size * each;
-        low = int(std::clamp<int64_t>(first - origin, 0, SPAN)), high = int(std::clamp<int64_t>(last + 1 - origin, 0, SPAN));
+        low = int(std::clamp<int64_t>(first - origin, 0, SPAN));
+        high = int(std::clamp<int64_t>(last + 1 - origin, 0, SPAN));
         for (int i = low; i < high;) {
             const int64_t place = origin + i;
             int64_t slot = call.starts[task.sequence] + place, count = high - i;

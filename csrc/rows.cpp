@@ -158,14 +158,15 @@ template <int cache> void keep_head(const float *x, int64_t size, float scale, u
     for (int64_t i = 0; i < size; i += LANES) write<cache>(out, i, size, load<Floats>(x + i) / divisor);
 }
 
-// How rows of heads go into a cache: as they are, or as floats, divided by the head's scale and rounded to the cache's type.
+// How rows of heads go into a cache: as they are, or divided by the head's scale and rounded to the cache's type.
 struct Writer {
     const quire_kv &kv;
     int type, each, cache_each;
     Widen widen = nullptr;
     Keep keep = nullptr;
 
-    Writer(const quire_kv &kv, int type) : kv(kv), type(type), each(bytes_of_type(type)), cache_each(bytes_of_type(kv.type)) {
+    Writer(const quire_kv &kv, int type)
+        : kv(kv), type(type), each(bytes_of_type(type)), cache_each(bytes_of_type(kv.type)) {
         with_type(type, [&](auto t) { widen = widen_head<decltype(t)::value>; });
         with_cache_type(kv.type, [&](auto c) { keep = keep_head<decltype(c)::value>; });
     }
@@ -240,7 +241,8 @@ template <int kind> INLINE Floats activate(Floats x) {
 }
 
 template <int type, int kind>
-void activate_rows(int64_t rows, int64_t size, const void *x, int64_t stride, const void *up, int64_t up_stride, void *out) {
+void activate_rows(int64_t rows, int64_t size, const void *x, int64_t stride, const void *up, int64_t up_stride,
+                   void *out) {
     constexpr int B = Element<type>::BYTES;
     over_rows(rows, 4 * size, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {

@@ -1,5 +1,5 @@
-// A span of a cache as attention.cpp reads it: float32, keys transposed, so that lanes are keys, values as they lie, so that
-// lanes are dimensions. Knows every type that a cache may have, and nothing of sequences or of attention.
+// A span of a cache as attention.cpp reads it: float32, keys transposed, so that lanes are keys, values as they lie, so
+// that lanes are dimensions. Knows every type that a cache may have, and nothing of sequences or of attention.
 #pragma once
 
 #include "functions.h"

@@ -165,8 +165,8 @@ INLINE Floats floats_of_e4m3(Words u) {
 INLINE Floats floats_of_e4m3(Bytes v) { return floats_of_e4m3(widen(v)); }
 INLINE Floats floats_of_e5m2(Bytes v) { return floats_of_f16(narrow_to<Halves>(widen(v) << 8)); }
 
-// To eight bits with 23 - DROPPED bits of mantissa and exponents from BIAS up: the nearest, ties to even; what is larger than
-// LARGEST becomes it. Below the normal range the hardware's own rounding does it, at the unit that SUBNORMAL's last bit is.
+// To eight bits with 23 - DROPPED bits of mantissa and exponents from BIAS up: the nearest, ties to even; what is larger
+// than LARGEST becomes it. Below the normal range the hardware's own rounding does it, at the unit that SUBNORMAL's last bit is.
 template <int DROPPED, int BIAS> INLINE Bytes eight_bits(Floats v, float largest, float smallest, float subnormal) {
     Words u = bits<Words>(v), sign = u >> 24 & 0x80;
     Floats size = bits<Floats>(u & 0x7fffffffu);
