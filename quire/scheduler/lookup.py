@@ -17,16 +17,14 @@ CANDIDATES = 32
 CATCH_UP = 4096
 # The share of drafted tokens that come true: where the estimate begins, and how much a new token weighs.
 FIRST_ESTIMATE, WEIGHT = 0.7, 0.2
-# A further token is drafted if it comes true with at least this probability, all before it included.
-LEAST = 0.3
-# While no draft is worth its row, one token is tried at every so many matches.
-PROBE_EVERY = 16
+# While no draft is worth its row, one token is tried after so many matches; each time in vain doubles their number.
+FIRST_PROBE, LAST_PROBE = 16, 256
 
 
 class Lookup:
     """The drafts of one sequence. Its tokens are given at each call; they only ever grow at the end."""
 
-    __slots__ = ("_last", "_next", "_passed", "_previous", "_rules", "estimate")
+    __slots__ = ("_last", "_next", "_passed", "_previous", "_probe_after", "_rules", "estimate")
 
     def __init__(self, rules: Speculation) -> None:
         self.estimate = FIRST_ESTIMATE
@@ -36,21 +34,22 @@ class Lookup:
         self._last: dict[int, int] = {}
         self._previous = array("q")
         self._next = rules.prompt_lookup_min
-        self._passed = 0
+        self._passed, self._probe_after = 0, FIRST_PROBE
 
-    def propose(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """At most `most` tokens that may follow `tokens`; none if nothing matches, or drafts have not been worth it."""
+    def propose(self, tokens: Sequence[int], most: int, least: float) -> tuple[int, ...]:
+        """At most `most` tokens that may follow `tokens`, each of which comes true with a chance of at least `least` by the
+        estimate; none if nothing matches."""
         if not self._catch_up(tokens):
             return ()
         place = self._find(tokens)
         if place == 0:
             return ()
-        length = min(most, self._length())
+        length = min(most, self._length(least))
         if length == 0:
             self._passed += 1
-            if self._passed < PROBE_EVERY:
+            if self._passed < self._probe_after:
                 return ()
-            self._passed, length = 0, 1
+            self._passed, self._probe_after, length = 0, min(LAST_PROBE, 2 * self._probe_after), 1
         draft = list(tokens[place : place + length])
         # A match that reaches to the end repeats itself: what is missing is copied from the draft's own beginning.
         period = len(tokens) - place
@@ -60,15 +59,17 @@ class Lookup:
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Of `drafted` tokens the first `accepted` came true. What stands behind the first wrong one says nothing."""
+        if accepted:
+            self._probe_after = FIRST_PROBE
         for _ in range(accepted):
             self.estimate += WEIGHT * (1 - self.estimate)
         if accepted < drafted:
             self.estimate -= WEIGHT * self.estimate
 
-    def _length(self) -> int:
-        """How many tokens are worth drafting, by the estimate."""
+    def _length(self, least: float) -> int:
+        """How many tokens are worth drafting: the chance of each is that of all before it times its own."""
         length, chance = 0, self.estimate
-        while chance >= LEAST and length < self._rules.num_speculative_tokens:
+        while chance >= least and length < self._rules.num_speculative_tokens:
             length += 1
             chance *= self.estimate
         return length

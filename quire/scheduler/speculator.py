@@ -16,6 +16,11 @@ from quire.scheduler.step import Chunk
 from quire.scheduler.tables import Tables
 from quire.speculation import Speculation
 
+# What a step costs before its first row, in rows: measured as 12 on the 0.5 B shape (docs/decisions/0007-speculation.md).
+FIXED_ROWS = 12
+# No token is drafted whose chance to come true is estimated below this, however small the step.
+LEAST = 0.3
+
 
 @dataclass
 class SpeculationCounters:
@@ -63,19 +68,22 @@ class Speculator:
         able = [place for place, chunk in enumerate(chunks) if _may_draft(chunk, sequences[chunk.sequence])]
         for left, place in zip(range(len(able), 0, -1), able, strict=True):
             # An equal share of the rows for each, and what one does not need for those after it.
-            room -= self._draft(chunks, place, sequences[chunks[place].sequence], -(-room // left), copies)
+            drafted = self._draft(chunks, place, sequences[chunks[place].sequence], -(-room // left), used, copies)
+            room -= drafted
+            used += drafted
 
     def _draft(
-        self, chunks: list[Chunk], place: int, sequence: Sequence, room: int, copies: list[tuple[int, int]]
+        self, chunks: list[Chunk], place: int, sequence: Sequence, room: int, rows: int, copies: list[tuple[int, int]]
     ) -> int:
-        """Append at most `room` tokens to one chunk; returns how many."""
+        """Append at most `room` tokens to one chunk of a step of `rows` rows; returns how many."""
         # One more token is drawn than is drafted.
         most = min(room, sequence.max_length - len(sequence.tokens) - 1)
         if most <= 0:
             return 0
         if sequence.lookup is None:
             sequence.lookup = Lookup(self._rules)
-        draft = sequence.lookup.propose(sequence.tokens, most)
+        # A row more is worth it if it brings tokens at a better rate than the step has without it.
+        draft = sequence.lookup.propose(sequence.tokens, most, max(LEAST, rows / (rows + FIXED_ROWS)))
         if not draft or not self._tables.reserve(sequence, len(draft), copies):
             return 0
         number, start, tokens, _, draws, _ = chunks[place]

@@ -111,7 +111,7 @@ def test_two_hundred_requests_in_a_crowd_equal_their_solo_runs(
 
     counters, pool = crowd._engine.scheduler.counters, crowd._engine.scheduler.pool
     speculated = crowd._engine.scheduler.speculated
-    assert drafts is None or min(speculated.accepted, speculated.draft_tokens - speculated.accepted) > 50
+    assert drafts is None or min(speculated.accepted, speculated.draft_tokens - speculated.accepted) > 20
     assert counters.preemptions > 20
     assert counters.prefix_hits > 500
     assert len(aborted) > 5

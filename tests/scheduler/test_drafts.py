@@ -125,6 +125,15 @@ def test_drafts_share_the_rows_that_a_small_step_has_left() -> None:
     assert drafts(scheduler.schedule()) == {first.id: (5, 6), second.id: (), third.id: (55, 56)}
 
 
+def test_more_is_asked_of_a_draft_in_a_larger_step() -> None:
+    prompts = [[token + 50 * number for token in REPEATED] for number in range(16)]
+    scheduler = make(blocks=128, seqs=16, budget=256)
+    all_started(scheduler, *prompts)
+    # Each has two of the 32 rows. At first a token comes true in seven of ten cases, one after it in half of them; beside 16
+    # rows that is enough for one token, beside 28 for none.
+    assert [len(draft) for draft in drafts(scheduler.schedule()).values()] == [1] * 13 + [0] * 3
+
+
 def test_a_step_with_a_prompt_or_many_sequences_has_no_drafts() -> None:
     scheduler = make(rows=16)
     sequence = started(scheduler)

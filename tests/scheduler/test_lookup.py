@@ -37,18 +37,18 @@ def test_the_longest_match_wins_and_of_equals_the_latest(seed: int) -> None:
         tokens += [rng.randrange(words) for _ in range(rng.randint(1, 4))]
         if max(tokens.count(word) for word in range(words)) >= lookup.CANDIDATES:
             break
-        assert found.propose(tokens, length) == by_hand(tokens, shortest, longest, length)
+        assert found.propose(tokens, length, 0.0) == by_hand(tokens, shortest, longest, length)
 
 
 def test_a_match_that_reaches_to_the_end_repeats_itself() -> None:
-    assert Lookup(Speculation(3, 1, 4)).propose([9, 7, 7, 7], 3) == (7, 7, 7)
-    assert Lookup(Speculation(3, 2, 4)).propose([1, 2, 3, 1, 2, 3, 1, 2], 3) == (3, 1, 2)
+    assert Lookup(Speculation(3, 1, 4)).propose([9, 7, 7, 7], 3, 0.3) == (7, 7, 7)
+    assert Lookup(Speculation(3, 2, 4)).propose([1, 2, 3, 1, 2, 3, 1, 2], 3, 0.3) == (3, 1, 2)
 
 
 def test_nothing_is_proposed_where_nothing_matches() -> None:
-    assert Lookup(Speculation(4, 2, 5)).propose([1], 4) == ()
-    assert Lookup(Speculation(4, 2, 5)).propose([1, 2, 3, 2, 1], 4) == ()
-    assert Lookup(Speculation(4, 2, 5)).propose([1, 2, 3, 1, 2], 0) == ()
+    assert Lookup(Speculation(4, 2, 5)).propose([1], 4, 0.3) == ()
+    assert Lookup(Speculation(4, 2, 5)).propose([1, 2, 3, 2, 1], 4, 0.3) == ()
+    assert Lookup(Speculation(4, 2, 5)).propose([1, 2, 3, 1, 2], 0, 0.3) == ()
 
 
 def test_drafts_grow_with_what_comes_true_and_cease_with_what_does_not() -> None:
@@ -56,7 +56,7 @@ def test_drafts_grow_with_what_comes_true_and_cease_with_what_does_not() -> None
     tokens = [1, 2] * 10
 
     def drafted(accepted: int) -> int:
-        length = len(drafts.propose(tokens, 6))
+        length = len(drafts.propose(tokens, 6, 0.3))
         if length:
             drafts.learn(length, min(length, accepted))
         return length
@@ -67,20 +67,22 @@ def test_drafts_grow_with_what_comes_true_and_cease_with_what_does_not() -> None
     shrunk = [drafted(0) for _ in range(12)]
     assert shrunk == sorted(shrunk, reverse=True)
     assert shrunk[-1] == 0
-    # From then on a single token now and then, until they come true again.
-    tried = [drafted(0) for _ in range(4 * lookup.PROBE_EVERY)]
-    assert (sum(tried), max(tried)) == (4, 1)
-    back = [drafted(6) for _ in range(4 * lookup.PROBE_EVERY)]
+    # From then on a single token now and then, less and less often, until they come true again.
+    tried = [drafted(0) for _ in range(7 * lookup.FIRST_PROBE)]
+    assert (sum(tried), max(tried)) == (3, 1)
+    back = [drafted(6) for _ in range(9 * lookup.FIRST_PROBE)]
     assert back[-1] == 6
     # One wrong token among many right ones changes little.
     drafts.learn(6, 5)
-    assert len(drafts.propose(tokens, 6)) >= 3
+    assert len(drafts.propose(tokens, 6, 0.3)) >= 3
+    # Where a row costs more, less is drafted.
+    assert len(drafts.propose(tokens, 6, 0.3)) > len(drafts.propose(tokens, 6, 0.6)) > 0
 
 
 def test_a_long_prompt_is_indexed_over_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "CATCH_UP", 100)
     drafts, tokens = Lookup(Speculation(2, 2, 5)), list(range(150)) * 2
-    assert [drafts.propose(tokens, 2) for _ in range(4)] == [(), (), (0, 1), (0, 1)]
+    assert [drafts.propose(tokens, 2, 0.3) for _ in range(4)] == [(), (), (0, 1), (0, 1)]
 
 
 def test_a_proposal_costs_the_same_after_a_hundred_thousand_tokens() -> None:
@@ -102,5 +104,5 @@ def test_a_proposal_costs_the_same_after_a_hundred_thousand_tokens() -> None:
     for _ in range(10):
         Counting.looked_at = 0
         tokens.append(rng.randrange(50))
-        drafts.propose(tokens, 4)
+        drafts.propose(tokens, 4, 0.3)
         assert Counting.looked_at <= 2 * lookup.CANDIDATES * 5 + 20

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.engine.beam import BeamSearch
 from quire.errors import InvalidRequest
 from quire.request import BeamSearchParams, EngineRequest, SamplingParams
+from quire.scheduler import speculator
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Limits, Scheduler
@@ -25,7 +26,7 @@ from quire.scheduler.tables import NEVER
 from quire.speculation import Speculation
 from tests.scheduler.kv_contents import ALPHABET, Device, draw
 
-EXAMPLES, RULES, LEAST, LEAST_DRAFTED = 320, 55, 10_000, 500
+EXAMPLES, RULES, LEAST, LEAST_DRAFTED = 400, 55, 10_000, 150
 MAX_MODEL_LEN = 48
 STOP = ALPHABET  # only beams draw it
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -382,7 +383,8 @@ class Storm(RuleBasedStateMachine):
         self.scheduler.abort(request_id)
 
 
-def test_storm() -> None:
+def test_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculator, "FIXED_ROWS", 1000)  # drafts in larger steps too, worth it or not
     Storm.operations = Storm.accepted = Storm.refuted = 0
     run_state_machine_as_test(
         Storm,
