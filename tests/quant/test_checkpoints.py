@@ -61,6 +61,14 @@ def test_weights_are_exactly_those_stored(tmp_path: Path) -> None:
             assert torch.equal(ops.packed_rows(rows, weight, torch.float32), dense[f"{name}.weight"]), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_dense_head_beside_quantized_layers(dtype: str, tmp_path: Path) -> None:
+    stored, plain = quantized("gptq", tmp_path, tie_word_embeddings=True)
+    model, dense = load(stored, dtype=dtype), load(plain)
+    assert model.table.weight is model.lm_head.weight
+    assert distance(logits(model), logits(dense)) < (0.06 if dtype == "float32" else 0.12)
+
+
 def test_shards_may_cut_a_linear(tmp_path: Path) -> None:
     stored, _ = quantized("awq", tmp_path)
     expected = logits(load(stored))
