@@ -21,9 +21,11 @@ from quire.scheduler.blocks import BlockPool
 from quire.scheduler.limits import Limits
 from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Scheduler
+from quire.speculation import Speculation
 
 BLOCK_SIZE = 16
 LIMIT_MS = 1.0
+DRAFTS = Speculation(num_speculative_tokens=4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +56,11 @@ class Times:
 
 def run(options: argparse.Namespace) -> Outcome:
     cases = []
-    for prefix_caching in (True, False):
+    for prefix_caching, speculation in ((True, None), (False, None), (True, DRAFTS)):
         for context in options.contexts:
-            times = _decode(options.sequences, context, options.steps, prefix_caching)
-            cases.append({"context": context, "prefix_caching": prefix_caching, **times.summary()})
+            times = _decode(options.sequences, context, options.steps, prefix_caching, speculation)
+            setting = {"context": context, "prefix_caching": prefix_caching, "speculation": speculation is not None}
+            cases.append({**setting, **times.summary()})
     own = [case["schedule_and_update"]["median_ms"] for case in cases]
     built = [case["build"]["median_ms"] for case in cases]
     headline = (
@@ -67,11 +70,11 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(headline, {"cases": cases})
 
 
-def _decode(sequences: int, context: int, steps: int, prefix_caching: bool) -> Times:
-    """Compute all prompts, then time `steps` steps in which every sequence grows by a token."""
+def _decode(sequences: int, context: int, steps: int, prefix_caching: bool, speculation: Speculation | None) -> Times:
+    """Compute all prompts, then time `steps` steps in which every sequence grows by a token; no draft ever comes true."""
     length = context + steps + 2
     pool = BlockPool(sequences * (length // BLOCK_SIZE + 1))
-    limits = Limits(sequences, 1 << 20, length, BLOCK_SIZE, prefix_caching=prefix_caching)
+    limits = Limits(sequences, 1 << 20, length, BLOCK_SIZE, prefix_caching=prefix_caching, speculation=speculation)
     scheduler = Scheduler(limits, pool, lambda request: root_key("benchmark"))
     for number in range(sequences):
         # Lengths differ a little, so that not all sequences need their next block in the same step.

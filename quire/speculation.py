@@ -24,8 +24,8 @@ class Speculation:
     """Drafts are what followed the latest earlier occurrence of a sequence's last tokens (n-gram, or prompt lookup).
 
     num_speculative_tokens: most tokens of one draft. prompt_lookup_min, prompt_lookup_max: so many last tokens must have
-    occurred before; the longer match wins. most_rows: with its drafts a step has no more rows than this; in a larger one, time goes
-    into the rows, and drafts would take it from others (docs/decisions/0007-speculation.md).
+    occurred before; the longer match wins. most_rows: with its drafts a step has no more rows than this; in a larger
+    one, time goes into the rows, and drafts would take it from others (docs/decisions/0007-speculation.md).
     """
 
     num_speculative_tokens: int
