@@ -21,8 +21,8 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path(__file__).parent / "csrc"
 KERNELS = ("linear", "rows", "attention")
 PLAIN = ("dispatch", "pool")
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
-WARNINGS = "-Wall -Wno-psabi -Wno-maybe-uninitialized".split()  # the last: GCC 12 about its own headers
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 about its own headers
 X86 = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",

@@ -105,11 +105,6 @@ int quire_rms_norm(int type, int weight_type, int64_t rows, int64_t size, const 
     return kernels().rms_norm(type, weight_type, rows, size, x, stride, weight, eps, offset, out);
 }
 
-int quire_add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x,
-                       const void *weight, float eps, float offset, void *out) {
-    return kernels().add_rms_norm(type, weight_type, rows, size, residual, x, weight, eps, offset, out);
-}
-
 int quire_layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
                      const void *weight, const void *bias, float eps, void *out) {
     return kernels().layer_norm(type, weight_type, rows, size, x, stride, weight, bias, eps, out);

@@ -11,7 +11,6 @@ struct Kernels {
                    const int64_t *);
     int (*weight_rows)(const quire_weight *, int, int64_t, const int64_t *, void *);
     decltype(&quire_rms_norm) rms_norm;
-    decltype(&quire_add_rms_norm) add_rms_norm;
     decltype(&quire_layer_norm) layer_norm;
     decltype(&quire_activation) activation;
     decltype(&quire_gather_rows) gather_rows;

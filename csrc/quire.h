@@ -74,9 +74,6 @@ int quire_weight_rows(const quire_weight *weight, int type, int64_t rows, const 
 /* out = x / sqrt(mean(x^2) + eps) * (weight + offset) over rows of `size`. */
 int quire_rms_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
                    float eps, float offset, void *out);
-/* residual += x (rounded to the type), then out = rms_norm(residual); residual and x [rows, size] end to end. */
-int quire_add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x,
-                       const void *weight, float eps, float offset, void *out);
 /* weight and bias may be NULL. */
 int quire_layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
                      const void *weight, const void *bias, float eps, void *out);

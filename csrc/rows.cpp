@@ -69,26 +69,6 @@ int rms_norm(int type, int weight_type, int64_t rows, int64_t size, const void *
     });
 }
 
-int add_rms_norm(int type, int weight_type, int64_t rows, int64_t size, void *residual, const void *x, const void *weight,
-                 float eps, float offset, void *out) {
-    return with_type(type, [&](auto t) {
-        with_type(weight_type, [&](auto w) {
-            constexpr int T = decltype(t)::value, W = decltype(w)::value, B = Element<T>::BYTES;
-            over_rows(rows, size, [&](int64_t first, int64_t last) {
-                auto line = static_cast<float *>(quire::scratch(0, (size + 64) * 4));
-                for (int64_t r = first; r < last; r++) {
-                    uint8_t *sums = bytes(residual) + r * size * B;
-                    const uint8_t *added = bytes(x) + r * size * B;
-                    for (int64_t i = 0; i < size; i += LANES)
-                        write<T>(sums, i, size, read<T>(sums, i, size) + read<T>(added, i, size));
-                    widen_row<T>(sums, size, line);
-                    normalize<T, W>(line, size, bytes(weight), eps, offset, bytes(out) + r * size * B);
-                }
-            });
-        });
-    });
-}
-
 int layer_norm(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride, const void *weight,
                const void *bias, float eps, void *out) {
     return with_type(type, [&](auto t) {
@@ -289,7 +269,6 @@ int gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t tab
 
 void add_rows(quire::Kernels &kernels) {
     kernels.rms_norm = rms_norm;
-    kernels.add_rms_norm = add_rms_norm;
     kernels.layer_norm = layer_norm;
     kernels.rope = rope;
     kernels.write_kv = write_kv;

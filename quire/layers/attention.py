@@ -18,16 +18,25 @@ def attend(
     batch: Batch,
     layer: int,
     *,
+    rotation: Rotation | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, H, D] with this batch's k, v [T, K, D]: through the cache, or packed when there is none."""
+    """Causal attention of q [T, H, D] with this batch's k, v [T, K, D]: through the cache, or packed when there is none.
+
+    rotation: turn q and k by it first; q may be overwritten.
+    """
     if batch.kv is None:
+        if rotation is not None:
+            q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
         return ops.packed_attention(q, k, v, batch.starts, scale=scale, window=window, softcap=softcap)
     keys, values = batch.kv.keys[layer], batch.kv.values[layer]
     scales = None if batch.kv.scales is None else batch.kv.scales[layer]
-    ops.write_kv(keys, values, k, v, batch.slots, scales)
+    if rotation is None:
+        ops.write_kv(keys, values, k, v, batch.slots, scales)
+    else:
+        q = ops.rope_and_write(q, k, v, *rotation, keys, values, batch.slots, scales)
     return ops.paged_attention(
         q,
         keys,
@@ -79,9 +88,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
         out = attend(
-            q, k, v, batch, self.layer, scale=self.scale, window=self.window, softcap=self.softcap
+            q, k, v, batch, self.layer, rotation=rotation, scale=self.scale, window=self.window, softcap=self.softcap
         )
         return self.o_proj(out.flatten(1))

@@ -27,8 +27,7 @@ class Phi3Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split(self.split, dim=1)
-        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
-        out = attend(q, k, v, batch, self.layer, scale=self.head_dim**-0.5, window=self.window)
+        out = attend(q, k, v, batch, self.layer, rotation=rotation, scale=self.head_dim**-0.5, window=self.window)
         return self.o_proj(out.flatten(1))
 
 

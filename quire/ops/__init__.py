@@ -34,6 +34,7 @@ OPERATIONS = (
     "activation",
     "gated_activation",
     "write_kv",
+    "rope_and_write",
     "paged_attention",
     "packed_attention",
 )
@@ -109,6 +110,21 @@ def write_kv(
     the largest; a NaN is NaN, but 0 in int8, which has none. `paged_attention` reads stored * scale, in float32.
     """
     selected().write_kv(keys, values, k, v, slots, scales)
+
+
+def rope_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """`write_kv` of the rotated k, and the rotated q, with the bits of `rope` and `write_kv`. q may be overwritten."""
+    return selected().rope_and_write(q, k, v, cos, sin, keys, values, slots, scales)
 
 
 def paged_attention(

@@ -21,6 +21,7 @@ from quire.ops.reference import (
     packed_rows,
     paged_attention,
     rope,
+    rope_and_write,
     write_kv,
 )
 from quire.ops.reference import packed_attention as reference_packed_attention
@@ -39,6 +40,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_and_write",
     "write_kv",
 ]
 

@@ -20,7 +20,7 @@ def selected() -> ModuleType:
     if name == "auto":
         name = "cpu" if library.available() else "reference"
     if name == "cpu" and not library.available():
-        raise ConfigError("QUIRE_OPS=cpu needs the native kernels, which were not built: install Quire again with a C++ compiler.")
+        raise ConfigError("QUIRE_OPS=cpu needs the native kernels, which were not built: reinstall with a C++ compiler.")
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"QUIRE_OPS must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
     return importlib.import_module(f"quire.ops.{name}")

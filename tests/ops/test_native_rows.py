@@ -94,20 +94,6 @@ def test_norms_row_by_row(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-def test_sum_and_norm_at_once(size: int, dtype: torch.dtype) -> None:
-    residual, x, weight = (random(131, size, seed=n, dtype=dtype) for n in range(3))
-    weight = weight[0]
-    expected = residual + x
-    for count in (1, 2):
-        with threads(count):
-            got = residual.clone()
-            out = cpu.add_rms_norm(got, x, weight, 1e-6, 1.0)
-            assert torch.equal(got, expected)
-            assert torch.equal(out, cpu.rms_norm(expected, weight, 1e-6, 1.0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("half,size", [(1, 2), (3, 14), (6, 12), (16, 80), (32, 64), (64, 128)])
 def test_rope_is_the_reference_to_the_bit(half: int, size: int, dtype: torch.dtype) -> None:
     angles = random(50, half) * 100

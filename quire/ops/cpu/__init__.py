@@ -1,13 +1,11 @@
-"""The operations by the native kernels of csrc/. Beside the common list: forms that a step fuses (`add_rms_norm`,
-`rope_and_write`)."""
+"""The operations by the native kernels of csrc/."""
 
 from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_rows
-from quire.ops.cpu.rows import activation, add_rms_norm, embedding, gated_activation, layer_norm, rms_norm, rope
+from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
     "activation",
-    "add_rms_norm",
     "embedding",
     "gated_activation",
     "layer_norm",

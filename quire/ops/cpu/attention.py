@@ -31,9 +31,8 @@ def rope_and_write(
     values: Tensor,
     slots: Tensor,
     scales: Tensor | None = None,
-) -> None:
-    """One call for `rope` of q and k and `write_kv`, with the same bits: q [T, H, D] is turned in place, k [T, K, D] on its way
-    into the cache. k and v stay as they are. For serving alone: nothing here has a gradient."""
+) -> Tensor:
+    """q is turned in place, k on its way into the cache. For serving alone: nothing here has a gradient."""
     k, v = _rows_of_heads(k), _rows_of_heads(v)
     cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
     assert q.stride(-1) == 1
@@ -51,6 +50,7 @@ def rope_and_write(
         sin.data_ptr(),
         slots.data_ptr(),
     )
+    return q
 
 
 def paged_attention(

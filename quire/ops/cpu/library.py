@@ -62,7 +62,6 @@ SIGNATURES = {
     "linears": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
     "weight_rows": (_weight, _int, _long, _pointer, _pointer),
     "rms_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _float, _float, _pointer),
-    "add_rms_norm": (_int, _int, _long, _long, _pointer, _pointer, _pointer, _float, _float, _pointer),
     "layer_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _pointer, _float, _pointer),
     "activation": (_int, _int, _long, _long, _pointer, _long, _pointer, _long, _pointer),
     "gather_rows": (_long, _pointer, _pointer, _long, _long, _long, _pointer),

@@ -71,31 +71,6 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return _run(_gated_activation, reference.gated_activation, gate, up, kind)
 
 
-def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """`residual += x`, then `rms_norm(residual)`, with the same bits in one pass. residual and x [T, E] lie end to end. For
-    serving alone: nothing here has a gradient."""
-    assert residual.is_contiguous()
-    assert residual.shape == x.shape
-    assert residual.dtype == x.dtype
-    x, weight = x.contiguous(), weight.contiguous()
-    out = torch.empty_like(residual)
-    size = residual.shape[-1]
-    call(
-        "add_rms_norm",
-        TYPES[x.dtype],
-        TYPES[weight.dtype],
-        residual.numel() // size,
-        size,
-        residual.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        eps,
-        offset,
-        out.data_ptr(),
-    )
-    return out
-
-
 def _embedding(ids: Tensor, table: Tensor) -> Tensor:
     if table.stride(-1) != 1:
         table = table.contiguous()

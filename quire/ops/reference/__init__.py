@@ -1,6 +1,6 @@
 """The operations in plain torch: what each one means. Every other implementation is compared with this one."""
 
-from quire.ops.reference.attention import packed_attention, paged_attention, write_kv
+from quire.ops.reference.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.reference.linear import linear
 from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_rows
 from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
@@ -19,5 +19,6 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_and_write",
     "write_kv",
 ]

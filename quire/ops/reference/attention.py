@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.ops.reference.rows import rope
 from quire.ops.reference.trial import cancelling
 
 SPAN = 128
@@ -58,6 +59,21 @@ def _stored(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
 def _read(rows: Tensor, scale: Tensor | None) -> Tensor:
     """What `_stored` rows [..., K, D] stand for."""
     return rows if scale is None else rows.float() * scale[:, None]
+
+
+def rope_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    scales: Tensor | None = None,
+) -> Tensor:
+    write_kv(keys, values, rope(k, cos, sin), v, slots, scales)
+    return rope(q, cos, sin)
 
 
 def paged_attention(
