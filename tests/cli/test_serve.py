@@ -46,6 +46,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "float | None": ("0.5", 0.5),
     "str | None": ("text", "text"),
     "int | str | None": ("1K", 1024),
+    "Mapping[str, Any] | None": ('{"method": "ngram"}', {"method": "ngram"}),
     "Mapping[str, Any]": ('{"temperature": 0.5}', {"temperature": 0.5}),
     "tuple[str, ...]": ("one", ("one",)),
 }
@@ -60,7 +61,10 @@ SPECIAL = {
     "max_model_len": 64,
     "num_gpu_blocks_override": 64,
     "kv_cache_memory_bytes": 1 << 20,
+    "kv_cache_dtype": "fp8_e5m2",
 }
+# What a flag needs beside it.
+ALSO = {"host": ["--insecure"], "calculate_kv_scales": ["--kv-cache-dtype", "fp8"]}
 # Options whose value must exist on the machine or is refused today.
 SKIPPED = {"model", "ssl_keyfile", "ssl_certfile", "tensor_parallel_size", "pipeline_parallel_size", "quantization"}
 
@@ -80,7 +84,7 @@ def test_each_flag_reaches_its_field(quire: Quire, served: list, tiny_llama: Pat
             expected = SPECIAL[field.name]
             text = str(expected)
         words = [flag, text]
-    ran = quire("serve", str(tiny_llama), *words, *(["--insecure"] if field.name == "host" else []))
+    ran = quire("serve", str(tiny_llama), *words, *ALSO.get(field.name, []))
     assert ran.code == 0, ran.err
     made = served[0][0] if kind is EngineConfig else served[0][1]
     assert getattr(made, field.name) == expected
