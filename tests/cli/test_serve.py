@@ -46,7 +46,10 @@ VALUES: dict[str, tuple[str, Any]] = {
     "float | None": ("0.5", 0.5),
     "str | None": ("text", "text"),
     "int | str | None": ("1K", 1024),
-    "Mapping[str, Any] | None": ('{"method": "ngram", "num_speculative_tokens": 2}', {"method": "ngram", "num_speculative_tokens": 2}),
+    "Mapping[str, Any] | None": (
+        '{"method": "ngram", "num_speculative_tokens": 2}',
+        {"method": "ngram", "num_speculative_tokens": 2},
+    ),
     "Mapping[str, Any]": ('{"temperature": 0.5}', {"temperature": 0.5}),
     "tuple[str, ...]": ("one", ("one",)),
 }
