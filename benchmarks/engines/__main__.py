@@ -25,6 +25,7 @@ from benchmarks.engines import page, roofline
 from benchmarks.engines.check import check
 from benchmarks.engines.checkpoints import CannotMake, Work
 from benchmarks.engines.lineup import Entry, Place, entries
+from benchmarks.engines.processes import OneInterruption
 from benchmarks.engines.sitting import PLANS, Sitting, code_version
 from benchmarks.engines.workloads import WORKLOADS
 from benchmarks.random_model import SHAPES
@@ -95,7 +96,9 @@ def main(arguments: list[str]) -> int:
 
 def _sit(sitting: Sitting, write: Any, facts: dict[str, Any], path: Path) -> int:
     """Run it; whatever ends it, what was measured is written."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interruption = OneInterruption()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interruption)
     begin, code = time.monotonic(), 0
     try:
         sitting.run()

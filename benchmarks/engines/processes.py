@@ -32,6 +32,18 @@ class Failed(Exception):
         self.kind = kind
 
 
+class OneInterruption:
+    """A signal handler that interrupts once: a second signal must not cut off the cleaning up that the first began."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.happened:
+            self.happened = True
+            raise KeyboardInterrupt
+
+
 class Running:
     """A started command. `log`: where its standard error (and, without `pipes`, its output) goes."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engines.processes import Failed, Running, TooSlow, descendants
+from benchmarks.engines.processes import Failed, OneInterruption, Running, TooSlow, descendants
 
 ECHO = """
 import json, subprocess, sys, time
@@ -72,6 +72,14 @@ def test_a_child_whose_parent_has_ended_is_found(tmp_path: Path) -> None:
         child = process.answer(soon())["child"]
         assert child not in descendants(process.process.pid)
     assert gone(child)
+
+
+def test_a_second_signal_does_not_cut_off_cleaning_up() -> None:
+    handler = OneInterruption()
+    with pytest.raises(KeyboardInterrupt):
+        handler(2, None)
+    handler(15, None)
+    handler(2, None)
 
 
 def test_last_words(tmp_path: Path) -> None:
