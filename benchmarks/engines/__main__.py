@@ -109,11 +109,11 @@ def _sit(sitting: Sitting, write: Any, facts: dict[str, Any], path: Path) -> int
         facts["minutes"] = round((time.monotonic() - begin) / 60, 1)
         write()
     if path.parent == RESULTS:
-        rows = json.loads(path.with_suffix(".json").read_text())["summary"]
+        rows = json.loads(path.with_name(path.name + ".json").read_text())["summary"]
         with (RESULTS.parent / "README.md").open("a") as file:
             line = f"{facts['shape']}, Quire (against the best peer, of the machine's limit): {page.headline(rows)}"
             file.write(f"| {facts['time'][:10]} | engines | {line} | [{path.name}.md](results/{path.name}.md) |\n")
-    print(path.with_suffix(".md").read_text())
+    print(path.with_name(path.name + ".md").read_text())
     print(f"written to {path.name}.json and {path.name}.md in {path.parent.name}/", file=sys.stderr)
     return code
 
@@ -128,9 +128,9 @@ def _write(path: Path, facts: dict[str, Any], sitting: Sitting, workloads: dict[
     }
     shown = page.page(facts, told, workloads, shape, sitting.limits)
     for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", shown)):
-        part = path.with_suffix(".part")
+        part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
-        part.rename(path.with_suffix(suffix))
+        part.rename(path.with_name(path.name + suffix))
 
 
 def _prepare(place: Place, entered: list[Entry]) -> int:
