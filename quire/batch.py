@@ -39,6 +39,7 @@ class Batch:
     kv: where keys and values live; None means training, where a sequence attends to this batch's own rows only.
     block_tables: [S, max blocks] int64 and slots: [T] int64 (block * B + offset that each token's key is written to); both
     None when kv is None. logit_rows: [R] int64, the rows of [0, T) whose logits the caller wants; None means all.
+    adapters: [T] int32, the LoRA slot that each row goes through, -1 for the base alone; None where no row has one.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class Batch:
     block_tables: Tensor | None = None
     slots: Tensor | None = None
     logit_rows: Tensor | None = None
+    adapters: Tensor | None = None
 
 
 def packed(sequences: Sequence[Sequence[int]]) -> Batch:

@@ -78,17 +78,17 @@ class Attention(nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
         self.window, self.softcap = window, softcap
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, adapters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, E] -> q [T, H, D], k [T, K, D], v [T, K, D], before norm and rotation."""
         size = self.head_dim
-        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = products(x, adapters, self.q_proj, self.k_proj, self.v_proj)
         return q.view(-1, self.heads, size), k.view(-1, self.kv_heads, size), v.view(-1, self.kv_heads, size)
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, batch.adapters)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(
             q, k, v, batch, self.layer, rotation=rotation, scale=self.scale, window=self.window, softcap=self.softcap
         )
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), batch.adapters)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from quire import ops
 
 Format = Callable[["Linear", Tensor], Tensor]
-Adapter = Callable[[Tensor, Tensor], Tensor]
+Adapter = Callable[[Tensor, Tensor, Tensor], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
 class Linear(nn.Module):
     """y = x W^T + b with W [O, I], the layout of the checkpoint.
 
-    format: how W is stored and multiplied (None: dense). adapter: (x, y) -> y with the rows' LoRA products added.
+    format: how W is stored and multiplied (None: dense). adapter: (x, y, slots) -> y with the rows' LoRA products added.
     reduce: y -> y summed over tensor-parallel ranks.
     """
 
@@ -37,23 +37,26 @@ class Linear(nn.Module):
         if not self.weight.is_meta:  # there torch would import its compiler to fill nothing, and take seconds
             nn.init.uniform_(self.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x))
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """adapters: as in `Batch`, of these rows."""
+        y = ops.linear(x, self.weight, self.bias) if self.format is None else self.format(self, x)
+        return self.finish(x, y, adapters)
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+    def finish(self, x: Tensor, y: Tensor, adapters: Tensor | None) -> Tensor:
         """What the sockets after the product make of y."""
-        if self.adapter is not None:
-            y = self.adapter(x, y)
+        if self.adapter is not None and adapters is not None:
+            y = self.adapter(x, y, adapters)
         return y if self.reduce is None else self.reduce(y)
 
     def extra_repr(self) -> str:
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"
 
 
-def products(x: Tensor, *linears: Linear) -> list[Tensor]:
-    """[linear(x) for each]: in one call where their format knows how (`format.together(linears, x)`), to the same bits."""
+def products(x: Tensor, adapters: Tensor | None, *linears: Linear) -> list[Tensor]:
+    """[linear(x, adapters) for each]: to the same bits, in one call where their format knows how
+    (`format.together(linears, x)`)."""
     kinds = {type(linear.format) for linear in linears}
     together = getattr(linears[0].format, "together", None)
     if len(kinds) > 1 or together is None:
-        return [linear(x) for linear in linears]
-    return [linear.finish(x, y) for linear, y in zip(linears, together(linears, x), strict=True)]
+        return [linear(x, adapters) for linear in linears]
+    return [linear.finish(x, y, adapters) for linear, y in zip(linears, together(linears, x), strict=True)]

@@ -18,6 +18,6 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(inner, size, bias)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = products(x, self.gate_proj, self.up_proj)
-        return self.down_proj(ops.gated_activation(gate, up, self.activation))
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        gate, up = products(x, adapters, self.gate_proj, self.up_proj)
+        return self.down_proj(ops.gated_activation(gate, up, self.activation), adapters)

@@ -24,9 +24,9 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.chosen, self.normalise = chosen, normalise
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, adapters: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, E] -> (probabilities float32, experts), each [T, chosen]; of equals the lower expert wins."""
-        logits = self.gate(x).float()
+        logits = self.gate(x, adapters).float()
         # Not torch.softmax: see quire/ops/reference/rows.py for which functions are exact by the row.
         odds = torch.exp(logits - logits.amax(-1, keepdim=True))
         probabilities, experts = torch.sort(odds / odds.sum(-1, keepdim=True), dim=-1, descending=True, stable=True)
@@ -35,11 +35,12 @@ class MixtureOfExperts(nn.Module):
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities, experts
 
-    def forward(self, x: Tensor) -> Tensor:
-        probabilities, chosen = self.route(x)
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        probabilities, chosen = self.route(x, adapters)
         out = torch.zeros_like(x, dtype=torch.float32)
         for index, expert in enumerate(self.experts):
             rows, places = torch.where(chosen == index)
             if len(rows):
-                out = out.index_add(0, rows, expert(x[rows]).float() * probabilities[rows, places, None])
+                theirs = None if adapters is None else adapters[rows]
+                out = out.index_add(0, rows, expert(x[rows], theirs).float() * probabilities[rows, places, None])
         return out.to(x.dtype)

@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), batch.adapters)
 
 
 class Decoder(nn.Module):
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         self.ropes = {rope: None for rope in config.layer_ropes if rope is not None}
 
     def embed(self, batch: Batch) -> Tensor:
-        return self.embed_tokens(batch.tokens)
+        return self.embed_tokens(batch.tokens, batch.adapters)
 
     def rotations(self, batch: Batch) -> dict[RopeConfig, Rotation]:
         """The angles of this batch's positions, once for all layers that share them."""
@@ -122,8 +122,9 @@ class CausalLM(nn.Module):
         hidden = self.get_submodule(self.prefix)(batch)
         return hidden if batch.logit_rows is None else hidden[batch.logit_rows]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+    def logits(self, hidden: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """hidden: rows [R, E] that `forward` gave. adapters: as in `Batch`, of these rows."""
+        return self.lm_head(hidden, adapters).float()
 
     @classmethod
     def checkpoint_names(cls, name: str) -> Iterable[str]:

@@ -34,7 +34,7 @@ class Gemma2Layer(DecoderLayer):
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, batch))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), batch.adapters))
 
 
 class Gemma2Decoder(Decoder):
@@ -53,5 +53,5 @@ class Model(CausalLM):
 
     decoder = Gemma2Decoder
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return softcapped(super().logits(hidden), self.config.raw.get("final_logit_softcapping"))
+    def logits(self, hidden: Tensor, adapters: Tensor | None = None) -> Tensor:
+        return softcapped(super().logits(hidden, adapters), self.config.raw.get("final_logit_softcapping"))

@@ -31,8 +31,8 @@ class GPT2Attention(nn.Module):
             self.scale /= index + 1
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        q, k, v = self.c_attn(x).unflatten(1, (3, -1, self.head_dim)).unbind(1)
-        return self.c_proj(attend(q, k, v, batch, self.layer, scale=self.scale).flatten(1))
+        q, k, v = self.c_attn(x, batch.adapters).unflatten(1, (3, -1, self.head_dim)).unbind(1)
+        return self.c_proj(attend(q, k, v, batch, self.layer, scale=self.scale).flatten(1), batch.adapters)
 
 
 class GPT2MLP(nn.Module):
@@ -44,8 +44,8 @@ class GPT2MLP(nn.Module):
         self.c_proj = Linear(config.intermediate_size, config.hidden_size, bias=True)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(ops.activation(self.c_fc(x), self.activation))
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        return self.c_proj(ops.activation(self.c_fc(x, adapters), self.activation), adapters)
 
 
 class GPT2Block(nn.Module):
@@ -60,7 +60,7 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         x = x + self.attn(self.ln_1(x), batch)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), batch.adapters)
 
 
 class GPT2Decoder(nn.Module):
@@ -74,7 +74,7 @@ class GPT2Decoder(nn.Module):
         self.ln_f = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.wte(batch.tokens) + self.wpe(batch.positions)
+        x = self.wte(batch.tokens, batch.adapters) + self.wpe(batch.positions, batch.adapters)
         for block in self.h:
             x = block(x, batch)
         return self.ln_f(x)

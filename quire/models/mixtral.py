@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from quire import ops
 from quire.batch import Batch
 from quire.layers.attention import Rotation
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, products
 from quire.layers.moe import MixtureOfExperts
 from quire.models.config import ModelConfig
 from quire.models.decoder import CausalLM, Decoder, DecoderLayer
@@ -23,8 +23,9 @@ class Expert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.intermediate_size)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(ops.gated_activation(self.w1(x), self.w3(x), self.activation))
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        gate, up = products(x, adapters, self.w1, self.w3)
+        return self.w2(ops.gated_activation(gate, up, self.activation), adapters)
 
 
 class MixtralLayer(DecoderLayer):
@@ -44,7 +45,7 @@ class MixtralLayer(DecoderLayer):
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, batch)
-        return x + self.block_sparse_moe(self.post_attention_layernorm(x))
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x), batch.adapters)
 
 
 class MixtralDecoder(Decoder):

@@ -14,7 +14,7 @@ from quire import ops
 from quire.batch import Batch
 from quire.layers.attention import attend
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, products
 from quire.layers.norm import LayerNorm
 from quire.models.config import ModelConfig
 from quire.models.decoder import CausalLM
@@ -40,8 +40,9 @@ class OPTAttention(nn.Module):
         self.out_proj = Linear(width, width, bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, batch, self.layer, scale=self.head_dim**-0.5).flatten(1))
+        together = products(x, batch.adapters, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in together)
+        return self.out_proj(attend(q, k, v, batch, self.layer, scale=self.head_dim**-0.5).flatten(1), batch.adapters)
 
 
 class OPTLayer(nn.Module):
@@ -58,15 +59,15 @@ class OPTLayer(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias)
         self.final_layer_norm = _norm(config)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.activation(self.fc1(x), self.activation))
+    def feed_forward(self, x: Tensor, adapters: Tensor | None) -> Tensor:
+        return self.fc2(ops.activation(self.fc1(x, adapters), self.activation), adapters)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         if self.norm_first:
             x = x + self.self_attn(self.self_attn_layer_norm(x), batch)
-            return x + self.feed_forward(self.final_layer_norm(x))
+            return x + self.feed_forward(self.final_layer_norm(x), batch.adapters)
         x = self.self_attn_layer_norm(x + self.self_attn(x, batch))
-        return self.final_layer_norm(x + self.feed_forward(x))
+        return self.final_layer_norm(x + self.feed_forward(x, batch.adapters))
 
 
 class OPTDecoder(nn.Module):
@@ -85,15 +86,15 @@ class OPTDecoder(nn.Module):
         self.final_layer_norm = _norm(config) if last else None
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.embed_tokens(batch.tokens)
+        x = self.embed_tokens(batch.tokens, batch.adapters)
         if self.project_in is not None:
-            x = self.project_in(x)
-        x = x + self.embed_positions(batch.positions + POSITION_OFFSET)
+            x = self.project_in(x, batch.adapters)
+        x = x + self.embed_positions(batch.positions + POSITION_OFFSET, batch.adapters)
         for layer in self.layers:
             x = layer(x, batch)
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
-        return x if self.project_out is None else self.project_out(x)
+        return x if self.project_out is None else self.project_out(x, batch.adapters)
 
 
 class OPTModel(nn.Module):

@@ -26,9 +26,9 @@ class Phi3Attention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split(self.split, dim=1)
+        q, k, v = self.qkv_proj(x, batch.adapters).unflatten(1, (-1, self.head_dim)).split(self.split, dim=1)
         out = attend(q, k, v, batch, self.layer, rotation=rotation, scale=self.head_dim**-0.5, window=self.window)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), batch.adapters)
 
 
 class Phi3MLP(nn.Module):
@@ -40,9 +40,9 @@ class Phi3MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=1)
-        return self.down_proj(ops.gated_activation(gate, up, self.activation))
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        gate, up = self.gate_up_proj(x, adapters).chunk(2, dim=1)
+        return self.down_proj(ops.gated_activation(gate, up, self.activation), adapters)
 
 
 class Phi3Layer(DecoderLayer):

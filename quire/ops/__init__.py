@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quire.ops import autograd
 from quire.ops.select import selected
-from quire.ops.weights import Weight
+from quire.ops.weights import LoraTable, LoraWeight, Weight
 
 OPERATIONS = (
     "linear",
@@ -27,6 +27,8 @@ OPERATIONS = (
     "packed_linear",
     "packed_linears",
     "packed_rows",
+    "lora_table",
+    "lora",
     "embedding",
     "rms_norm",
     "layer_norm",
@@ -68,6 +70,21 @@ def packed_linears(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | 
 def packed_rows(ids: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     """Rows `ids` [T] of a packed weight [V, E], as `dtype`: [T, E] (an embedding that shares the head's weight)."""
     return selected().packed_rows(ids, packed, dtype)
+
+
+def lora_table(weights: Sequence[LoraWeight | None]) -> LoraTable:
+    """The adapters of one linear layer by slot, as this implementation's kernels want them. Their tensors are not copied:
+    what is written into them later is what `lora` reads."""
+    return selected().lora_table(weights)
+
+
+def lora(x: Tensor, y: Tensor, slots: Tensor, table: LoraTable) -> Tensor:
+    """y [T, O] plus, for each row whose slot has a weight, scale * (x A^T) B^T: float32 inside, y's dtype outside.
+
+    x [T, I], slots [T] int32: -1 for rows that stay as they are. y may be overwritten. Differentiable in x, y and the
+    tensors of the table.
+    """
+    return autograd.lora(selected().lora, x, y, slots, table)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

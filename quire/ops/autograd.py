@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.weights import LoraTable
+
 
 def _wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -36,6 +38,13 @@ def packed_attention(
     return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
 
 
+def lora(forward: Callable[..., Tensor], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable) -> Tensor:
+    tensors = [tensor for weight in table.weights if weight is not None for tensor in (weight.a, weight.b)]
+    if _wanted(x, y, *tensors):
+        return _Lora.apply(forward, x, y, slots, table, *tensors)
+    return forward(x, y, slots, table)
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; dx = dy W, dW = dy^T x, db = sum dy."""
 
@@ -54,6 +63,32 @@ class _Linear(torch.autograd.Function):
             grad.t() @ x if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
+
+
+class _Lora(torch.autograd.Function):
+    """With u = x A^T and g = scale * dy: dB = u^T g, dA = (g B)^T x, dx = (g B) A, each over the rows of its slot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Callable[..., Tensor], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, slots, *tensors)
+        ctx.scales = {slot: weight.scale for slot, weight in enumerate(table.weights) if weight is not None}
+        return forward(x, y.clone(), slots, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, slots, *tensors = ctx.saved_tensors
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        gradients: list[Tensor] = []
+        for (slot, scale), a, b in zip(ctx.scales.items(), tensors[::2], tensors[1::2], strict=True):
+            rows = (slots == slot).nonzero()[:, 0]
+            inputs, g = x[rows].float(), grad[rows].float() * scale
+            inner = g @ b.t()
+            gradients += [inner.t() @ inputs, (inputs @ a.t()).t() @ g]
+            if dx is not None:
+                dx[rows] = (inner @ a).to(x.dtype)
+        return None, dx, grad if ctx.needs_input_grad[2] else None, None, None, *gradients
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -15,6 +15,8 @@ from torch.nn import functional
 from quire.ops.reference import (
     embedding,
     layer_norm,
+    lora,
+    lora_table,
     pack,
     packed_linear,
     packed_linears,
@@ -32,6 +34,8 @@ __all__ = [
     "gated_activation",
     "layer_norm",
     "linear",
+    "lora",
+    "lora_table",
     "pack",
     "packed_attention",
     "packed_linear",

@@ -1,6 +1,6 @@
 """The forms in which the weight of a linear layer is kept, before an implementation packs it for its kernels.
 
-Letters: O outputs, I inputs, G groups of consecutive inputs that share a scale.
+Letters: O outputs, I inputs, R rank, G groups of consecutive inputs that share a scale.
 """
 
 from __future__ import annotations
@@ -66,6 +66,25 @@ class Fp8Weight:
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.values.shape)
+
+
+@dataclass(frozen=True)
+class LoraWeight:
+    """What one adapter adds to a product: scale * (x A^T) B^T (Hu et al. 2021).
+
+    a [R, I] and b [R, O], which is B transposed: float32, contiguous.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraTable:
+    """The adapters of one linear layer by slot; None: that slot has nothing for this layer."""
+
+    weights: tuple[LoraWeight | None, ...]
 
 
 Weight = DenseWeight | Int8Weight | Int4Weight | Fp8Weight

@@ -11,18 +11,18 @@ from quire.layers.moe import MixtureOfExperts
 
 
 class Scale(nn.Module):
-    """An expert that only multiplies."""
+    """An expert, or a router, that only multiplies."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
         return x * self.factor
 
 
 def test_the_likeliest_experts_in_proportion() -> None:
-    gate = nn.Identity()  # the row is its own router logits
+    gate = Scale(1.0)  # the row is its own router logits
     x = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
     share = torch.softmax(x, -1)
     plain = MixtureOfExperts(gate, [Scale(1.0), Scale(10.0), Scale(100.0)], chosen=2, normalise=False)(x)

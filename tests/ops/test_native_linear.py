@@ -119,9 +119,9 @@ def test_rows_of_x_may_lie_apart(isa: str) -> None:
 
 def test_nothing_is_written_beyond_the_result(isa: str) -> None:
     """Outputs that do not fill a panel: what lies behind them stays as it was."""
-    packed = cpu.pack(weight_of("float32", 33, 16))
+    packed, x = cpu.pack(weight_of("float32", 33, 16)), random(4, 16)
     room = torch.full((4, 40), float("nan"))
-    library.call("linear", packed.struct, library.F32, 4, random(4, 16).data_ptr(), 16, None, room.data_ptr(), 40)
+    library.call("linear", packed.struct, library.F32, 4, x.data_ptr(), 16, None, room.data_ptr(), 40)
     assert not room[:, :33].isnan().any()
     assert room[:, 33:].isnan().all()
 

@@ -3,6 +3,7 @@
 from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_rows
 from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
+from quire.ops.reference.lora import lora, lora_table
 
 __all__ = [
     "activation",
@@ -10,6 +11,8 @@ __all__ = [
     "gated_activation",
     "layer_norm",
     "linear",
+    "lora",
+    "lora_table",
     "pack",
     "packed_attention",
     "packed_linear",
