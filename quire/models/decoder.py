@@ -6,7 +6,7 @@ requests or how a cache is managed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from quire.layers.norm import RMSNorm
 from quire.layers.rope import Rope
 from quire.layers.rope_config import RopeConfig
 from quire.models.config import ModelConfig
+
+LayerStep = Callable[[Tensor], Tensor]
 
 
 class DecoderLayer(nn.Module):
@@ -62,8 +64,25 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), batch.adapters)
 
 
+def layer_step(layer: nn.Module, *context: object) -> LayerStep:
+    """What `layer` makes of rows x, the rest of its arguments being given."""
+    return lambda x: layer(x, *context)
+
+
+def run(decoder: nn.Module, batch: Batch) -> Tensor:
+    """The whole forward pass of a decoder with `begin` and `finish`."""
+    x, layers = decoder.begin(batch)
+    for layer in layers:
+        x = layer(x)
+    return decoder.finish(x, batch)
+
+
 class Decoder(nn.Module):
-    """Tokens [T] -> hidden rows [T, E]."""
+    """Tokens [T] -> hidden rows [T, E].
+
+    All decoders have `begin(batch)`, the embedded rows and what each layer makes of rows, in order, and `finish(x, batch)`,
+    what comes after the last layer. `forward` is the one after the other; training goes layer by layer, there and back.
+    """
 
     layer: type[DecoderLayer] = DecoderLayer
 
@@ -89,12 +108,17 @@ class Decoder(nn.Module):
                 self.ropes[rope] = Rope(rope)
         return self.ropes
 
-    def forward(self, batch: Batch) -> Tensor:
-        x = self.embed(batch)
+    def begin(self, batch: Batch) -> tuple[Tensor, list[LayerStep]]:
         rotations = self.rotations(batch)
-        for layer, rope in zip(self.layers, self.config.layer_ropes, strict=True):
-            x = layer(x, rotations.get(rope), batch)
+        ropes = zip(self.layers, self.config.layer_ropes, strict=True)
+        return self.embed(batch), [layer_step(layer, rotations.get(rope), batch) for layer, rope in ropes]
+
+    def finish(self, x: Tensor, batch: Batch) -> Tensor:
+        del batch  # for decoders that end with a linear
         return self.norm(x)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return run(self, batch)
 
 
 class CausalLM(nn.Module):
@@ -116,6 +140,11 @@ class CausalLM(nn.Module):
     def table(self) -> Embedding:
         """The token embedding that a tied head shares."""
         return self.model.embed_tokens
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder under its checkpoint's shell: it has `begin` and `finish`."""
+        return self.get_submodule(self.prefix)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden rows [T, E], or [R, E] where the batch names the rows whose logits are wanted."""

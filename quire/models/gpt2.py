@@ -13,7 +13,7 @@ from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
 from quire.models.config import ModelConfig
-from quire.models.decoder import CausalLM
+from quire.models.decoder import CausalLM, LayerStep, layer_step, run
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -73,11 +73,16 @@ class GPT2Decoder(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.num_layers))
         self.ln_f = LayerNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def begin(self, batch: Batch) -> tuple[Tensor, list[LayerStep]]:
         x = self.wte(batch.tokens, batch.adapters) + self.wpe(batch.positions, batch.adapters)
-        for block in self.h:
-            x = block(x, batch)
+        return x, [layer_step(block, batch) for block in self.h]
+
+    def finish(self, x: Tensor, batch: Batch) -> Tensor:
+        del batch
         return self.ln_f(x)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return run(self, batch)
 
 
 class Model(CausalLM):

@@ -17,7 +17,7 @@ from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear, products
 from quire.layers.norm import LayerNorm
 from quire.models.config import ModelConfig
-from quire.models.decoder import CausalLM
+from quire.models.decoder import CausalLM, LayerStep, layer_step, run
 
 # The position table begins with two rows for padding, from OPT's training code (fairseq).
 POSITION_OFFSET = 2
@@ -85,16 +85,20 @@ class OPTDecoder(nn.Module):
         last = config.raw.get("do_layer_norm_before", True) and not config.raw.get("_remove_final_layer_norm", False)
         self.final_layer_norm = _norm(config) if last else None
 
-    def forward(self, batch: Batch) -> Tensor:
+    def begin(self, batch: Batch) -> tuple[Tensor, list[LayerStep]]:
         x = self.embed_tokens(batch.tokens, batch.adapters)
         if self.project_in is not None:
             x = self.project_in(x, batch.adapters)
         x = x + self.embed_positions(batch.positions + POSITION_OFFSET, batch.adapters)
-        for layer in self.layers:
-            x = layer(x, batch)
+        return x, [layer_step(layer, batch) for layer in self.layers]
+
+    def finish(self, x: Tensor, batch: Batch) -> Tensor:
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         return x if self.project_out is None else self.project_out(x, batch.adapters)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return run(self, batch)
 
 
 class OPTModel(nn.Module):
@@ -112,6 +116,10 @@ class Model(CausalLM):
     """The causal model over it."""
 
     decoder = OPTModel
+
+    @property
+    def body(self) -> nn.Module:
+        return self.model.decoder
 
     @property
     def table(self) -> Embedding:
