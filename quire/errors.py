@@ -9,6 +9,7 @@
     |  `- EngineDead                        the step loop has ended
     |- ConfigError (ValueError)             a flag or an option is wrong
     |  `- DoesNotFit                        the plan needs more memory than there is
+    |- AdapterError (ValueError)       400  an adapter's folder, configuration or tensors are wrong
     `- ModelError                           a model folder is missing, damaged or of an unknown family
 
 This room knows no HTTP beyond the status number that each class suggests, and imports nothing of Quire.
@@ -26,6 +27,8 @@ class QuireError(Exception):
 
     status = 500
     type = "InternalServerError"
+    code: str | None = None
+    """OpenAI's name of the fault, where it has one."""
 
 
 class InvalidRequest(QuireError, ValueError):
@@ -37,11 +40,12 @@ class InvalidRequest(QuireError, ValueError):
     status = 400
     type = "BadRequestError"
 
-    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
+    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.parameter = parameter
         self.value = value
+        self.code = code
 
     def __str__(self) -> str:
         facts = [f"parameter={self.parameter}"] if self.parameter is not None else []
@@ -57,10 +61,11 @@ class NotFound(QuireError, LookupError):
     status = 404
     type = "NotFoundError"
 
-    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+    def __init__(self, message: str, *, parameter: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.parameter = parameter
+        self.code = code
 
 
 class TooManyRequests(QuireError):
@@ -105,6 +110,22 @@ class ConfigError(QuireError, ValueError):
 
 class DoesNotFit(ConfigError):
     """The plan needs more memory than the machine can give; the message lists sized ways out."""
+
+
+class AdapterError(QuireError, ValueError):
+    """A LoRA adapter cannot be used: the message names the file or field, what was expected and what was found.
+
+    `parameter` is the field of adapter_config.json or of the request, where there is one.
+    """
+
+    status = 400
+    type = "BadRequestError"
+
+    def __init__(self, message: str, *, parameter: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.parameter = parameter
+        self.code = code
 
 
 class ModelError(QuireError):
