@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors", "request"},
     "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
     "plan": {"config", "envs", "errors", "models.config", "presets", "quant"},  # of quant, what knows no torch
+    "lora": {"batch", "errors", "layers", "log", "models", "models.config", "ops", "weights"},
     "assemble": {"models", "models.config", "models.registry", "quant", "weights"},
     "engine": {
         "assemble", "batch", "config", "errors", "log", "metrics", "models", "models.config", "models.registry", "plan",
