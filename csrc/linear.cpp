@@ -7,8 +7,7 @@
 //
 // INT8 and INT4 multiply unsigned weights (INT8 stores w + 128) by signed activations in exact integers.
 #include "kernels.h"
-#include "pool.h"
-#include "vector.h"
+#include "product.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -16,8 +15,6 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int PANEL = 32;               // outputs of a panel
-constexpr int PARTS = PANEL / LANES;    // vectors of a panel's row
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 12;           // rows of a tile: what the registers hold
 #elif defined(__AVX2__)
@@ -30,8 +27,6 @@ constexpr int MOST_ROWS = 1;
 constexpr int64_t BLOCK_INPUTS = 1024;  // inputs between two store-aways: a decoded block takes half of a small L2
 constexpr int64_t BLOCK_TILES = 8;      // tiles that pass over a block of a panel one after the other
 constexpr int AHEAD = 1024;             // bytes between a read and its prefetch
-
-int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // ---- decoding: one input's 32 weights as floats -------------------------------------------------------------------
 
@@ -128,43 +123,7 @@ template <class Weights> Tile tile_for(int rows, int panels) {
     return nullptr;
 }
 
-// ---- rows in and out -------------------------------------------------------------------------------------------------
-
-INLINE float element(int type, const void *p, int64_t i) {
-    if (type == QUIRE_F32) return static_cast<const float *>(p)[i];
-    uint16_t half = static_cast<const uint16_t *>(p)[i];
-    return type == QUIRE_BF16 ? from_bf16(half) : from_f16(half);
-}
-
-int64_t bytes_of(int type) { return type == QUIRE_F32 ? 4 : type == QUIRE_E4M3 || type == QUIRE_E5M2 ? 1 : 2; }
-
-void row_to_floats(int type, const void *source, int64_t count, float *out) {
-    int64_t i = 0;
-    if (type == QUIRE_F32) {
-        std::memcpy(out, source, size_t(count) * 4);
-        return;
-    }
-    auto from = static_cast<const uint16_t *>(source);
-    for (; i + LANES <= count; i += LANES) {
-        Halves half = load<Halves>(from + i);
-        store(out + i, type == QUIRE_BF16 ? floats_of_bf16(half) : floats_of_f16(half));
-    }
-    for (; i < count; i++) out[i] = type == QUIRE_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
-}
-
-void floats_to_row(int type, const float *source, int64_t count, void *out) {
-    int64_t i = 0;
-    if (type == QUIRE_F32) {
-        std::memcpy(out, source, size_t(count) * 4);
-        return;
-    }
-    auto to = static_cast<uint16_t *>(out);
-    for (; i + LANES <= count; i += LANES) {
-        Floats value = load<Floats>(source + i);
-        store(to + i, type == QUIRE_BF16 ? bf16_of_floats(value) : f16_of_floats(value));
-    }
-    for (; i < count; i++) to[i] = type == QUIRE_BF16 ? to_bf16(source[i]) : to_f16(source[i]);
-}
+// ---- rows cut into tiles --------------------------------------------------------------------------------------------
 
 // How `rows` rows are cut into tiles of nearly equal size: each tile's rows, at most MOST_ROWS.
 struct Cut {
@@ -176,47 +135,6 @@ struct Cut {
     int64_t start(int64_t t) const { return t * small + std::min(t, larger); }
     int rows(int64_t t) const { return int(small + (t < larger)); }
 };
-
-// One call: rows of x, and the weights that they are multiplied by, all of one form, type, number of inputs and group size.
-struct Product {
-    int count;
-    const quire_weight *const *weights;
-    int type;
-    int64_t rows;
-    const uint8_t *x;
-    int64_t x_stride;
-    const void *const *biases;
-    void *const *ys;
-    const int64_t *y_strides;
-
-    const void *row(int64_t r) const { return x + r * x_stride * bytes_of(type); }
-    // Scales (dense), bias, and the row's own type: sums [32] of row r and panel p of weight w into its y.
-    void finish(int w, int64_t r, int64_t p, float *sums) const {
-        const quire_weight &weight = *weights[w];
-        int64_t start = p * PANEL, count = std::min<int64_t>(PANEL, weight.outputs - start);
-        if (weight.form == QUIRE_DENSE && weight.scales)
-            for (int o = 0; o < count; o++) sums[o] *= weight.scales[start + o];
-        if (biases[w])
-            for (int o = 0; o < count; o++) sums[o] += element(type, biases[w], start + o);
-        floats_to_row(type, sums, count, static_cast<uint8_t *>(ys[w]) + (r * y_strides[w] + start) * bytes_of(type));
-    }
-    // Runs body(weight, first panel, end, block) in parallel over all panels of all weights, and over `blocks` blocks of
-    // rows; at most `most` tasks of consecutive panels for each weight and block.
-    template <class Body> void over_panels(int64_t blocks, int64_t most, const Body &body) const {
-        int64_t tasks = 0;
-        for (int w = 0; w < count; w++) tasks += std::min(panels(w), most);
-        quire::parallel(tasks * blocks, [&](int64_t number) {
-            int64_t task = number % tasks;
-            int w = 0;
-            for (; task >= std::min(panels(w), most); w++) task -= std::min(panels(w), most);
-            const int64_t parts = std::min(panels(w), most);
-            body(w, panels(w) * task / parts, panels(w) * (task + 1) / parts, number / tasks);
-        });
-    }
-    int64_t panels(int w) const { return up(weights[w]->outputs, PANEL) / PANEL; }
-};
-
-constexpr int64_t FEW_ROWS_TASKS = 64;  // long runs of panels for each thread, and enough runs to even out
 
 // ---- dense -----------------------------------------------------------------------------------------------------------
 
@@ -290,8 +208,6 @@ template <class Weights> void dense(const Product &product) {
 
 // ---- integers --------------------------------------------------------------------------------------------------------
 
-typedef int8_t Signed __attribute__((vector_size(LANES)));
-
 // x as int8: bytes [tile][inputs / 4][row][4]; scales and sums of the integers [row, groups].
 struct Quantized {
     int8_t *values;
@@ -299,24 +215,6 @@ struct Quantized {
     int32_t *sums;
     int64_t groups;
 };
-
-// x: `count` floats, zeros after them up to whole vectors.
-void quantize_row(const float *x, int64_t count, int8_t *out, float *scale, int32_t *sum) {
-    Floats most = {};
-    for (int64_t i = 0; i < count; i += LANES) most = larger(magnitude(load<Floats>(x + i)), most);
-    float largest = 0;
-    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
-    const float s = std::max(largest / 127, 1.17549435e-38f);
-    Ints total = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Ints q = nearest(load<Floats>(x + i) / all(s));
-        total += q;
-        store(out + i, __builtin_convertvector(q, Signed));
-    }
-    *sum = 0;
-    for (int lane = 0; lane < LANES; lane++) *sum += total[lane];
-    *scale = s;
-}
 
 // inputs: padded to a multiple of 4; group: inputs that share a scale.
 Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64_t padded, int64_t group) {
@@ -376,16 +274,6 @@ void integer_tile(int64_t quads, const int8_t *x, const uint8_t *w, int32_t *acc
     }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < PARTS; v++) store(acc + (r * PARTS + v) * LANES, sums[r][v]);
-}
-
-// sums[o] += (acc[o] - zeros[o] * sum) * (scale * scales[o]) for one row and panel.
-template <bool INT4>
-INLINE void add_group(const int32_t *acc, int32_t sum, float scale, const uint8_t *zeros, const float *scales, float *sums) {
-    for (int o = 0; o < PANEL; o += LANES) {
-        Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
-        Floats part = to_float(load<Ints>(acc + o) - zero * sum) * (all(scale) * load<Floats>(scales + o));
-        store(sums + o, load<Floats>(sums + o) + part);
-    }
 }
 
 using IntegerTile = void (*)(int64_t, const int8_t *, const uint8_t *, int32_t *);

@@ -1,0 +1,131 @@
+// What a product with packed weights is given, and its rows on their way in and out. Knows no kernel and no layout but the
+// width of a panel.
+#pragma once
+
+#include "pool.h"
+#include "quire.h"
+#include "vector.h"
+
+#include <algorithm>
+
+namespace QUIRE_ISA {
+
+constexpr int PANEL = 32;             // outputs of a panel
+constexpr int PARTS = PANEL / LANES;  // vectors of a panel's row
+
+inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// ---- rows in and out -------------------------------------------------------------------------------------------------
+
+INLINE float element(int type, const void *p, int64_t i) {
+    if (type == QUIRE_F32) return static_cast<const float *>(p)[i];
+    uint16_t half = static_cast<const uint16_t *>(p)[i];
+    return type == QUIRE_BF16 ? from_bf16(half) : from_f16(half);
+}
+
+inline int64_t bytes_of(int type) { return type == QUIRE_F32 ? 4 : type == QUIRE_E4M3 || type == QUIRE_E5M2 ? 1 : 2; }
+
+inline void row_to_floats(int type, const void *source, int64_t count, float *out) {
+    int64_t i = 0;
+    if (type == QUIRE_F32) {
+        std::memcpy(out, source, size_t(count) * 4);
+        return;
+    }
+    auto from = static_cast<const uint16_t *>(source);
+    for (; i + LANES <= count; i += LANES) {
+        Halves half = load<Halves>(from + i);
+        store(out + i, type == QUIRE_BF16 ? floats_of_bf16(half) : floats_of_f16(half));
+    }
+    for (; i < count; i++) out[i] = type == QUIRE_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
+}
+
+inline void floats_to_row(int type, const float *source, int64_t count, void *out) {
+    int64_t i = 0;
+    if (type == QUIRE_F32) {
+        std::memcpy(out, source, size_t(count) * 4);
+        return;
+    }
+    auto to = static_cast<uint16_t *>(out);
+    for (; i + LANES <= count; i += LANES) {
+        Floats value = load<Floats>(source + i);
+        store(to + i, type == QUIRE_BF16 ? bf16_of_floats(value) : f16_of_floats(value));
+    }
+    for (; i < count; i++) to[i] = type == QUIRE_BF16 ? to_bf16(source[i]) : to_f16(source[i]);
+}
+
+// ---- the call --------------------------------------------------------------------------------------------------------
+
+// One call: rows of x, and the weights that they are multiplied by, all of one form, type, number of inputs and group size.
+struct Product {
+    int count;
+    const quire_weight *const *weights;
+    int type;
+    int64_t rows;
+    const uint8_t *x;
+    int64_t x_stride;
+    const void *const *biases;
+    void *const *ys;
+    const int64_t *y_strides;
+
+    const void *row(int64_t r) const { return x + r * x_stride * bytes_of(type); }
+    // Scales (dense), bias, and the row's own type: sums [32] of row r and panel p of weight w into its y.
+    void finish(int w, int64_t r, int64_t p, float *sums) const {
+        const quire_weight &weight = *weights[w];
+        int64_t start = p * PANEL, count = std::min<int64_t>(PANEL, weight.outputs - start);
+        if (weight.form == QUIRE_DENSE && weight.scales)
+            for (int o = 0; o < count; o++) sums[o] *= weight.scales[start + o];
+        if (biases[w])
+            for (int o = 0; o < count; o++) sums[o] += element(type, biases[w], start + o);
+        floats_to_row(type, sums, count, static_cast<uint8_t *>(ys[w]) + (r * y_strides[w] + start) * bytes_of(type));
+    }
+    // Runs body(weight, first panel, end, block) in parallel over all panels of all weights, and over `blocks` blocks of
+    // rows; at most `most` tasks of consecutive panels for each weight and block.
+    template <class Body> void over_panels(int64_t blocks, int64_t most, const Body &body) const {
+        int64_t tasks = 0;
+        for (int w = 0; w < count; w++) tasks += std::min(panels(w), most);
+        quire::parallel(tasks * blocks, [&](int64_t number) {
+            int64_t task = number % tasks;
+            int w = 0;
+            for (; task >= std::min(panels(w), most); w++) task -= std::min(panels(w), most);
+            const int64_t parts = std::min(panels(w), most);
+            body(w, panels(w) * task / parts, panels(w) * (task + 1) / parts, number / tasks);
+        });
+    }
+    int64_t panels(int w) const { return up(weights[w]->outputs, PANEL) / PANEL; }
+};
+
+constexpr int64_t FEW_ROWS_TASKS = 64;  // long runs of panels for each thread, and enough runs to even out
+
+// ---- integers --------------------------------------------------------------------------------------------------------
+
+typedef int8_t Signed __attribute__((vector_size(LANES)));
+
+// x: `count` floats, zeros after them up to whole vectors.
+inline void quantize_row(const float *x, int64_t count, int8_t *out, float *scale, int32_t *sum) {
+    Floats most = {};
+    for (int64_t i = 0; i < count; i += LANES) most = larger(magnitude(load<Floats>(x + i)), most);
+    float largest = 0;
+    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    const float s = std::max(largest / 127, 1.17549435e-38f);
+    Ints total = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Ints q = nearest(load<Floats>(x + i) / all(s));
+        total += q;
+        store(out + i, __builtin_convertvector(q, Signed));
+    }
+    *sum = 0;
+    for (int lane = 0; lane < LANES; lane++) *sum += total[lane];
+    *scale = s;
+}
+
+// sums[o] += (acc[o] - zeros[o] * sum) * (scale * scales[o]) for one row and panel.
+template <bool INT4>
+INLINE void add_group(const int32_t *acc, int32_t sum, float scale, const uint8_t *zeros, const float *scales, float *sums) {
+    for (int o = 0; o < PANEL; o += LANES) {
+        Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
+        Floats part = to_float(load<Ints>(acc + o) - zero * sum) * (all(scale) * load<Floats>(scales + o));
+        store(sums + o, load<Floats>(sums + o) + part);
+    }
+}
+
+}  // namespace QUIRE_ISA
