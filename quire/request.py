@@ -350,6 +350,10 @@ class EngineRequest:
     """End-of-sequence and stop tokens, masked until min_tokens."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token ids of every spelling of every bad word."""
+    adapter: str = ""
+    """Digest of the adapter's content; empty for the base alone."""
+    lora_request: Any = None
+    """The adapter as it was asked for, for outputs."""
 
 
 def as_prompt(prompt: str | Sequence[int] | Mapping[str, Any]) -> tuple[str | None, list[int] | None]:

@@ -19,3 +19,5 @@ class Limits:
     policy: str = "fcfs"
     prefix_caching: bool = True
     speculation: Speculation | None = None
+    max_loras: int = 0
+    """Different adapters in one step."""

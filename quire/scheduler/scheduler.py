@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from quire.errors import InvalidRequest
 from quire.request import EngineRequest
+from quire.scheduler.adapters import Places
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.limits import Limits
 from quire.scheduler.sequence import Group, Sequence
@@ -43,6 +44,7 @@ class Scheduler:
         self.counters = Counters()
         self._root_of = root_of
         self._tables = Tables(limits, pool)
+        self._places = Places()
         self._speculator = Speculator(limits.speculation, self._tables) if limits.speculation else None
         self._groups: dict[str, Group] = {}
         self._sequences: dict[int, Sequence] = {}
@@ -221,6 +223,7 @@ class Scheduler:
         way where both cannot run."""
         if self.limits.policy != "priority":
             return
+        self._free_place(plan)
         while self._running and (head := self._first_waiting()) is not None:
             priority = head.group.priority
             ahead = sum(sequence.num_wanted for sequence in self._running if sequence.group.priority <= priority)
@@ -232,19 +235,32 @@ class Scheduler:
             else:
                 self._start(head, found)
 
+    def _free_place(self, plan: _Plan) -> None:
+        """By priority: where the first that waits lacks nothing but its adapter's place, the sequences of one adapter give way
+        if all of them have less priority."""
+        head = self._places.first_blocked(self._waiting, self.limits.max_loras)
+        if head is None:
+            return
+        adapter = self._places.to_free(self._running, head.group.priority)
+        if adapter is not None:
+            for sequence in reversed(self._running[:]):
+                if sequence.adapter == adapter:
+                    self._preempt(sequence, plan)
+
     def _clear_idle(self, plan: _Plan) -> None:
         """Nothing can be computed but what cannot enter: beams that only wait for their siblings give way, last first."""
-        head = self._first_waiting()
+        if not any(sequence.num_wanted for sequence in self._waiting):
+            return
         for sequence in reversed(self._running[:]):
-            if head is None or self._room_for(head, self._promised()) is not None:
+            head = self._first_waiting()
+            if head is not None and self._room_for(head, self._promised()) is not None:
                 return
             if sequence.offered:
                 self._preempt(sequence, plan)
 
     def _first_waiting(self) -> Sequence | None:
-        """The next to enter. Who waits but has nothing to compute (its last token is in flight, or its siblings') holds
-        nobody up."""
-        return next((sequence for sequence in self._waiting if sequence.num_wanted), None)
+        """The next to enter."""
+        return self._places.first(self._waiting, self.limits.max_loras)
 
     def _room_for(self, sequence: Sequence, promised: int) -> list[int] | None:
         """The blocks to begin with, None if the sequence cannot enter. There must be room for all that is known of it, and of
@@ -259,9 +275,9 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         _remove(self._waiting, sequence)
+        self._places.passed_by(sequence, self._waiting)
         self._tables.begin(sequence, found)
-        insort(self._running, sequence, key=_order)
-        sequence.running = True
+        self._run(sequence)
         if sequence.num_cached < 0:
             sequence.num_cached = sequence.num_computed
             if self._tables.reads_prefixes(sequence):
@@ -284,7 +300,7 @@ class Scheduler:
                 if sequence.group.to_fork:
                     draws += self._fork(sequence)
         self._tables.register(sequence)
-        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, sequence.blocks, draws))
+        plan.chunks.append(Chunk(sequence.id, start, chunk_tokens, sequence.blocks, draws, adapter=sequence.adapter))
 
     def _chunk_size(self, sequence: Sequence, budget: int) -> int:
         wanted, threshold = sequence.num_wanted, self.limits.long_prefill_token_threshold
@@ -307,15 +323,23 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> None:
         """Run at once if there is a place, else wait without blocks (their content may still be found)."""
         if sequence.blocks and len(self._running) < self.limits.max_num_seqs:
-            sequence.running = True
-            insort(self._running, sequence, key=_order)
+            self._run(sequence)
             return
         self._tables.give_back(sequence)
         insort(self._waiting, sequence, key=_order)
 
-    def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
+    def _run(self, sequence: Sequence) -> None:
+        insort(self._running, sequence, key=_order)
+        sequence.running = True
+        self._places.enter(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
         _remove(self._running, sequence)
         sequence.running = False
+        self._places.leave(sequence)
+
+    def _preempt(self, sequence: Sequence, plan: _Plan) -> None:
+        self._stop(sequence)
         self._tables.give_back(sequence)
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
@@ -338,9 +362,11 @@ class Scheduler:
         return sequence
 
     def _drop(self, sequence: Sequence) -> None:
-        _remove(self._running if sequence.running else self._waiting, sequence)
+        if sequence.running:
+            self._stop(sequence)
+        else:
+            _remove(self._waiting, sequence)
         self._tables.give_back(sequence)
-        sequence.running = False
         del self._sequences[sequence.id], sequence.group.sequences[sequence.id]
 
 

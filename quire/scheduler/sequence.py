@@ -42,10 +42,15 @@ class Sequence:
     num_preemptions: int = 0
     num_cached: int = -1
     """Tokens found in the prefix cache when the sequence first ran; -1 before."""
+    num_passed: int = 0
+    """Later sequences that entered while this one waited for its adapter's place."""
     order: tuple[int, int, int] = field(init=False)
+    adapter: str = field(init=False)
+    """Digest of the adapter that the tokens go through; empty for the base alone."""
 
     def __post_init__(self) -> None:
         self.order = (self.group.priority, self.group.arrival, self.id)
+        self.adapter = self.group.request.adapter
 
     @property
     def num_known(self) -> int:

@@ -86,8 +86,8 @@ class Speculator:
         draft = sequence.lookup.propose(sequence.tokens, most, max(LEAST, rows / (rows + FIXED_ROWS)))
         if not draft or not self._tables.reserve(sequence, len(draft), copies):
             return 0
-        number, start, tokens, _, draws, _ = chunks[place]
-        chunks[place] = Chunk(number, start, tokens + draft, sequence.blocks, draws, len(draft))
+        chunk = chunks[place]
+        chunks[place] = chunk._replace(tokens=chunk.tokens + draft, blocks=sequence.blocks, drafts=len(draft))
         sequence.num_computed += len(draft)
         sequence.num_drafts = len(draft)
         return len(draft)

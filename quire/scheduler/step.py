@@ -14,7 +14,8 @@ class Chunk(NamedTuple):
     blocks: the table that covers start + len(tokens) positions; an array, as it goes to the device without a loop, and never
     changed, as steps may be in flight. draws: the sequences whose next token is drawn from the last row (several when a
     prompt's samples part, none inside a prompt). drafts: so many last tokens are only guessed; then a token is drawn from each
-    of them and from the token before them, and counts as long as the tokens before it are those that were drawn."""
+    of them and from the token before them, and counts as long as the tokens before it are those that were drawn. adapter:
+    digest of what the tokens go through beside the model, empty for nothing."""
 
     sequence: int
     start: int
@@ -22,6 +23,7 @@ class Chunk(NamedTuple):
     blocks: array[int]
     draws: tuple[int, ...]
     drafts: int = 0
+    adapter: str = ""
 
     @property
     def draft(self) -> tuple[int, ...]:

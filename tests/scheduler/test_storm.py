@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.engine.beam import BeamSearch
 from quire.errors import InvalidRequest
 from quire.request import BeamSearchParams, EngineRequest, SamplingParams
-from quire.scheduler import speculator
+from quire.scheduler import adapters, speculator
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.prefix import root_key
 from quire.scheduler.scheduler import Limits, Scheduler
@@ -26,7 +26,7 @@ from quire.scheduler.tables import NEVER
 from quire.speculation import Speculation
 from tests.scheduler.kv_contents import ALPHABET, Device, draw
 
-EXAMPLES, RULES, LEAST, LEAST_DRAFTED = 400, 55, 10_000, 150
+EXAMPLES, RULES, LEAST, LEAST_DRAFTED, LEAST_PASSES = 400, 55, 10_000, 150, 50
 MAX_MODEL_LEN = 48
 STOP = ALPHABET  # only beams draw it
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -37,7 +37,13 @@ DRAFTS = st.builds(
     prompt_lookup_max=st.integers(2, 4),
     most_rows=st.sampled_from([2, 4, 8, 32]),
 )
+ADAPTERS = st.sampled_from(["", "", "a", "a", "b", "c", "d"])
+PASSES = 3
 Candidates = tuple[tuple[int, float], ...]
+
+
+def _root(request: EngineRequest) -> bytes:
+    return root_key("model", request.adapter, request.cache_salt)
 
 
 def is_last(tokens: list[int], prompt: int, max_tokens: int) -> bool:
@@ -96,7 +102,7 @@ def new_search(request: EngineRequest, first: int) -> BeamSearch:
 class Storm(RuleBasedStateMachine):
     """One engine's worth of scheduler, with up to three steps in flight."""
 
-    operations = accepted = refuted = 0
+    operations = accepted = refuted = passes = 0
 
     @initialize(
         num_blocks=st.integers(5, 24),
@@ -107,6 +113,7 @@ class Storm(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         prefix_caching=st.sampled_from([True, True, False]),
         speculation=st.one_of(DRAFTS, DRAFTS, st.none()),
+        max_loras=st.integers(1, 3),
     )
     def begin(
         self,
@@ -118,10 +125,13 @@ class Storm(RuleBasedStateMachine):
         policy: str,
         prefix_caching: bool,
         speculation: Speculation | None,
+        max_loras: int,
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        limits = Limits(max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching, speculation)
-        self.scheduler = Scheduler(limits, self.pool, lambda request: root_key("model", cache_salt=request.cache_salt))
+        limits = Limits(
+            max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching, speculation, max_loras
+        )
+        self.scheduler = Scheduler(limits, self.pool, _root)
         self.device = Device(num_blocks, block_size)
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[tuple[Step, dict[int, list[int]], dict[int, Candidates]]] = deque()
@@ -136,14 +146,17 @@ class Storm(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "other"]),
         priority=st.integers(0, 2),
         skip=st.sampled_from([None, None, True]),
+        adapter=ADAPTERS,
     )
-    def add(self, prompt: list[int], n: int, max_tokens: int, salt: str, priority: int, skip: bool | None) -> None:
+    def add(
+        self, prompt: list[int], n: int, max_tokens: int, salt: str, priority: int, skip: bool | None, adapter: str
+    ) -> None:
         params = SamplingParams(n=n, max_tokens=max_tokens, skip_reading_prefix_cache=skip)
-        self._add(prompt, params, salt, priority, None)
+        self._add(prompt, params, salt, priority, None, adapter)
 
-    @rule(prompt=PROMPT, width=st.integers(1, 4), max_tokens=st.integers(1, 6), priority=st.integers(0, 2))
-    def add_beams(self, prompt: list[int], width: int, max_tokens: int, priority: int) -> None:
-        self._add(prompt, SamplingParams(max_tokens=max_tokens), "", priority, BeamSearchParams(width, max_tokens))
+    @rule(prompt=PROMPT, width=st.integers(1, 4), max_tokens=st.integers(1, 6), priority=st.integers(0, 2), adapter=ADAPTERS)
+    def add_beams(self, prompt: list[int], width: int, max_tokens: int, priority: int, adapter: str) -> None:
+        self._add(prompt, SamplingParams(max_tokens=max_tokens), "", priority, BeamSearchParams(width, max_tokens), adapter)
 
     @rule()
     def step(self) -> None:
@@ -269,11 +282,17 @@ class Storm(RuleBasedStateMachine):
         return list(self.scheduler._sequences.values())
 
     def _add(
-        self, prompt: list[int], params: SamplingParams, salt: str, priority: int, beam: BeamSearchParams | None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: str,
+        priority: int,
+        beam: BeamSearchParams | None,
+        adapter: str,
     ) -> None:
         self.added += 1
         request = EngineRequest(
-            str(self.added), tuple(prompt), params, 0.0, priority=priority, cache_salt=salt, beam=beam
+            str(self.added), tuple(prompt), params, 0.0, priority=priority, cache_salt=salt, beam=beam, adapter=adapter
         )
         needed = -(-(len(prompt) + params.max_tokens) // self.device.block_size)
         if needed > self.pool.num_blocks:
@@ -313,7 +332,12 @@ class Storm(RuleBasedStateMachine):
         threshold = limits.long_prefill_token_threshold
         known = [len(chunk.tokens) - chunk.drafts for chunk in step.chunks]
         assert all(0 < count <= (threshold or count) for count in known)
+        assert all(chunk.adapter == self.scheduler.sequence(chunk.sequence).group.request.adapter for chunk in step.chunks)
+        assert len(self._adapters_of_running()) <= limits.max_loras
         self._check_drafts(step)
+
+    def _adapters_of_running(self) -> set[str]:
+        return {sequence.adapter for sequence in self.scheduler._running} - {""}
 
     def _check_drafts(self, step: Step) -> None:
         """Drafts take what nobody else wants."""
@@ -331,13 +355,28 @@ class Storm(RuleBasedStateMachine):
             assert len(sequence.tokens) + chunk.drafts < sequence.max_length
 
     def _check_order(self, step: Step, admitted: set[int], existed: set[int]) -> None:
-        """Nobody enters while one before it has something to compute and waits; who gives way comes after all who stay."""
-        waiting = [sequence.order for sequence in self.scheduler._waiting if sequence.num_wanted and sequence.id in existed]
+        """Nobody enters while one before it has something to compute and waits, unless it waits for a place among the adapters,
+        and then only so many; who gives way comes after all who stay, unless its adapter's place was needed."""
+        running, most = self._adapters_of_running(), self.scheduler.limits.max_loras
+        waiting, overdue = [], False
+        for sequence in self.scheduler._waiting:
+            if not sequence.num_wanted or sequence.id not in existed:
+                continue
+            assert sequence.num_passed <= PASSES
+            Storm.passes += sequence.num_passed
+            placed = sequence.adapter in {"", *running} or len(running) < most
+            if placed and not (overdue and sequence.adapter):
+                waiting.append(sequence.order)
+            overdue |= not placed and sequence.num_passed == PASSES
         entered = [self.scheduler.sequence(number).order for number in admitted]
         assert not waiting or not entered or max(entered) < min(waiting)
         stayed = [sequence.order for sequence in self.scheduler._running if sequence.id not in admitted]
         gone = [
-            sequence.order for sequence in self.scheduler._waiting if sequence.id in step.preempted and sequence.num_wanted
+            sequence.order
+            for sequence in self.scheduler._waiting
+            if sequence.id in step.preempted
+            and sequence.num_wanted
+            and (sequence.adapter in {"", *running} or len(running) < most)
         ]
         assert not gone or not stayed or max(stayed) < min(gone)
 
@@ -385,7 +424,8 @@ class Storm(RuleBasedStateMachine):
 
 def test_storm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculator, "FIXED_ROWS", 1000)  # drafts in larger steps too, worth it or not
-    Storm.operations = Storm.accepted = Storm.refuted = 0
+    monkeypatch.setattr(adapters, "MOST_PASSES", PASSES)
+    Storm.operations = Storm.accepted = Storm.refuted = Storm.passes = 0
     run_state_machine_as_test(
         Storm,
         settings=settings(
@@ -399,3 +439,4 @@ def test_storm(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert Storm.operations >= LEAST
     assert min(Storm.accepted, Storm.refuted) >= LEAST_DRAFTED
+    assert Storm.passes >= LEAST_PASSES
