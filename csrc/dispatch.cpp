@@ -14,7 +14,7 @@ struct Isa {
     quire::Kernels kernels;
 };
 
-#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k), isa::add_rows(k), isa::add_attention(k); })
+#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k), isa::add_rows(k), isa::add_attention(k), isa::add_lora(k); })
 
 std::vector<Isa> find() {
     std::vector<Isa> found;
@@ -137,4 +137,20 @@ int quire_rope_and_write(const quire_kv *kv, int type, int64_t tokens, int64_t h
 }
 
 int quire_attend(const quire_attention *call) { return kernels().attend(call); }
+
+int quire_lora(const quire_lora_table *table, int type, int64_t rows, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, const int32_t *slots) {
+    return kernels().loras(1, &table, type, rows, x, x_stride, &y, &y_stride, slots);
+}
+
+int quire_loras(int count, const quire_lora_table *const *tables, int type, int64_t rows, const void *x, int64_t x_stride,
+                void *const *ys, const int64_t *y_strides, const int32_t *slots) {
+    return kernels().loras(count, tables, type, rows, x, x_stride, ys, y_strides, slots);
+}
+
+int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, const void *x, int64_t x_stride,
+                        const void *dy, int64_t dy_stride, const int32_t *slots, void *dx, float *const *das,
+                        float *const *dbs) {
+    return kernels().lora_backward(table, type, rows, x, x_stride, dy, dy_stride, slots, dx, das, dbs);
+}
 }

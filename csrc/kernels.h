@@ -18,6 +18,8 @@ struct Kernels {
     decltype(&quire_write_kv) write_kv;
     decltype(&quire_rope_and_write) rope_and_write;
     decltype(&quire_attend) attend;
+    decltype(&quire_loras) loras;
+    decltype(&quire_lora_backward) lora_backward;
 };
 
 }  // namespace quire
@@ -27,6 +29,7 @@ struct Kernels {
     void add_linear(quire::Kernels &kernels);    \
     void add_rows(quire::Kernels &kernels);      \
     void add_attention(quire::Kernels &kernels); \
+    void add_lora(quire::Kernels &kernels);      \
     }
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)

@@ -136,6 +136,33 @@ typedef struct quire_attention {
 
 int quire_attend(const quire_attention *call);
 
+/* ---- lora.cpp: what the adapter of each row's slot adds ---------------------------------------------------------- */
+
+/* An adapter's matrices for one linear, floats end to end: a [rank, inputs], b [rank, outputs]. a NULL: it has none. */
+typedef struct quire_lora_part {
+    const float *a, *b;
+    int64_t rank;
+    float scale;
+} quire_lora_part;
+
+/* Those of all slots. */
+typedef struct quire_lora_table {
+    int64_t inputs, outputs, slots;
+    const quire_lora_part *parts;
+} quire_lora_table;
+
+/* y[r] += scale * (x[r] a^T) b by the adapter of slots[r]; rows whose slot has none, or is not in the table, stay. */
+int quire_lora(const quire_lora_table *table, int type, int64_t rows, const void *x, int64_t x_stride, void *y,
+               int64_t y_stride, const int32_t *slots);
+/* The same x and slots with several tables. */
+int quire_loras(int count, const quire_lora_table *const *tables, int type, int64_t rows, const void *x, int64_t x_stride,
+                void *const *ys, const int64_t *y_strides, const int32_t *slots);
+/* Given dy: dx [rows, inputs], end to end, 0 where a row has no adapter; das[slot] [rank, inputs] and dbs[slot]
+ * [rank, outputs] floats. dx, das, dbs and each of their pointers may be NULL: not wanted. */
+int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, const void *x, int64_t x_stride,
+                        const void *dy, int64_t dy_stride, const int32_t *slots, void *dx, float *const *das,
+                        float *const *dbs);
+
 #ifdef __cplusplus
 }
 #endif
