@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from quire.config import EngineConfig
 from quire.engine.start import Started, start
@@ -21,6 +22,7 @@ from quire.log import logger
 from quire.request import BeamSearchParams, EngineRequest, RequestOutput, SamplingParams
 
 log = logger(__name__)
+Result = TypeVar("Result")
 # Tokenizing this many characters takes longer than a turn of the event loop should.
 TOKENIZE_OFF_LOOP = 8192
 
@@ -56,6 +58,8 @@ class AsyncEngine:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._readers: dict[str, _Reader] = {}
+        self._background: Callable[[bool], bool] | None = None
+        self._more_background = False
         self._stopping = self._closed = False
         self._dead: Exception | None = None
         self._turned = time.monotonic()
@@ -132,6 +136,36 @@ class AsyncEngine:
         event.wait(timeout=60)
         return bool(done and done[0])
 
+    def between_steps(self, work: Callable[[], Result]) -> Future[Result]:
+        """Have the engine thread do something once between two steps. The future fails with EngineDead if it has ended."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if self._dead is not None:
+                future.set_exception(self._dead)
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:  # whose work it is also judges its faults
+                future.set_exception(error)
+
+        if not self._call(run):
+            future.set_exception(self._dead or EngineDead("the engine has been shut down."))
+        return future
+
+    def set_background(self, work: Callable[[bool], bool] | None) -> None:
+        """Have the engine thread call `work(busy)` after every step and whenever nothing is asked of it.
+
+        busy: whether requests are in progress. `work` does a little, the less while they are, and says whether it has more
+        to do; after False it is called again at the next step or `wake`.
+        """
+        self._background = work
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the engine thread turn once, and so look at its background work."""
+        self._call(lambda: None)
+
     def shutdown(self, timeout: float = 0.0) -> None:
         """Let running requests finish for up to `timeout` seconds, abort the rest, stop the thread."""
         deadline = time.monotonic() + timeout
@@ -157,7 +191,7 @@ class AsyncEngine:
     def _turn(self) -> bool:
         """One turn of the loop: what was asked meanwhile, then a step. False when it is time to stop."""
         with self._wake:
-            while not (self._calls or self._stopping or self._engine.has_work()):
+            while not (self._calls or self._stopping or self._engine.has_work() or self._more_background):
                 self._turned = time.monotonic()
                 self._wake.wait(timeout=1.0)
             calls = list(self._calls)
@@ -171,7 +205,19 @@ class AsyncEngine:
         scheduler = self._engine.scheduler
         self._counts = (scheduler.num_running, scheduler.num_waiting, scheduler.backlog())
         self._tell(outputs)
+        self._more_background = self._in_background()
         return True
+
+    def _in_background(self) -> bool:
+        """A little of the background's work; a fault in it ends it and nothing else."""
+        if self._background is None:
+            return False
+        try:
+            return self._background(self._engine.has_work())
+        except Exception:
+            log.exception("background work has failed and is over")
+            self._background = None
+            return False
 
     def _add(self, request: EngineRequest, reader: _Reader) -> None:
         try:
