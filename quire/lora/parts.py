@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,6 +27,7 @@ class ModulePart:
     a [R, I] and b [R, O] (B transposed) with their scale; b_bias [O], which is added to B's product before the scale.
     Of an embedding a is [R, V] and b [R, E]. magnitude [O]: the row norms of DoRA. bias [O]: in place of the base's.
     weight: in place of the base's, of its shape. tokens [N, E]: rows `token_ids` of the table, in place of the base's.
+    embedding: whether the module is one.
     """
 
     a: Tensor | None = None
@@ -38,6 +39,7 @@ class ModulePart:
     weight: Tensor | None = None
     tokens: Tensor | None = None
     token_ids: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -47,6 +49,10 @@ class ModulePart:
     def plain(self) -> bool:
         """Whether A and B are all there is."""
         return self.a is not None and all(getattr(self, name) is None for name in TENSORS[2:])
+
+    @property
+    def trainable(self) -> bool:
+        return any(tensor.requires_grad for _, tensor in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in TENSORS:
@@ -78,7 +84,7 @@ class Adapter:
 
     @property
     def trainable(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors().values())
+        return any(part.trainable for part in self.parts.values())
 
     @property
     def rank(self) -> int:
@@ -111,11 +117,15 @@ class Adapter:
         """A copy with tensors of its own that no training changes."""
         return self._mapped(lambda tensor: tensor.detach().clone())
 
+    def trained_further(self) -> Adapter:
+        """A copy that may be trained."""
+        return self._mapped(lambda tensor: tensor.detach().clone().requires_grad_())
+
     def on(self, device: torch.device) -> Adapter:
         """The same adapter with its tensors there; those that are there already are not copied."""
         return self._mapped(lambda tensor: tensor.to(device))
 
-    def _mapped(self, change: object) -> Adapter:
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         done: dict[int, Tensor] = {}
 
         def changed(tensor: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""What an adapter needs to know of its base: sizes, dense values of weights that may be packed, and a digest of the files.
+
+Letters: O outputs, I inputs, V vocabulary, E width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire import ops
+from quire.layers.embedding import Embedding
+from quire.layers.linear import Linear
+from quire.models.decoder import CausalLM
+from quire.weights.files import checkpoint_files, data_start, tensor_headers
+
+# Rows that are made dense at a time.
+PIECE = 1024
+SAMPLE_BYTES = 4096
+
+
+def sizes(model: CausalLM, module: Linear | Embedding) -> tuple[int, int]:
+    """(inputs, outputs): of an embedding the vocabulary and the width."""
+    if isinstance(module, Linear):
+        return module.inputs, module.outputs
+    return (model.lm_head.outputs, model.lm_head.inputs) if module.weight is None else tuple(module.weight.shape)
+
+
+def dense_rows(module: Linear | Embedding, start: int, stop: int) -> Tensor:
+    """Rows start to stop of the base's weight as float32, also where it is packed: [rows, I] or [rows, E]."""
+    if module.weight is not None:
+        return module.weight[start:stop].float()
+    return ops.packed_rows(torch.arange(start, stop), module.format.packed, torch.float32)
+
+
+def pieces(model: CausalLM, module: Linear | Embedding) -> Iterator[tuple[int, Tensor]]:
+    """(first row, dense rows) one after the other, so that no whole dense copy is ever there."""
+    inputs, outputs = sizes(model, module)
+    rows = inputs if isinstance(module, Embedding) else outputs
+    for start in range(0, rows, PIECE):
+        yield start, dense_rows(module, start, min(start + PIECE, rows))
+
+
+def base_digest(folder: Path) -> str:
+    """sha256 of a model folder's configuration, its tensors' names, types and shapes, and the first bytes of each.
+
+    Quick, the same wherever the folder lies and however it is divided into files, and another one for other weights.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(name, None)
+    lines = []
+    for path in checkpoint_files(folder):
+        if path.suffix != ".safetensors":
+            with path.open("rb") as file:
+                lines.append(f"{path.name} {path.stat().st_size} {hashlib.sha256(file.read(SAMPLE_BYTES)).hexdigest()}")
+            continue
+        begin = data_start(path)
+        with path.open("rb") as file:
+            for name, header in tensor_headers(path).items():
+                file.seek(begin + header.start)
+                sample = hashlib.sha256(file.read(min(header.size, SAMPLE_BYTES))).hexdigest()
+                lines.append(f"{name} {header.dtype} {header.shape} {sample}")
+    text = json.dumps(config, sort_keys=True) + "\n".join(sorted(lines))
+    return hashlib.sha256(text.encode()).hexdigest()
