@@ -16,10 +16,11 @@ from quire.assemble import assemble
 from quire.models.config import read_model_config
 from quire.quant.method import Recipe, quantize
 from quire.quant.quality import Quality, compare
-from quire.quant.save import quantization_config, write_checkpoint
+from quire.quant.save import quantization_config
 from quire.quant.texts import rows_of, texts_of
 from quire.text.tokenizer import Tokenizer
 from quire.weights.hub import resolve
+from quire.weights.save import write_checkpoint
 
 AT_LOAD = ("int8", "int4", "fp8")
 

@@ -91,10 +91,11 @@ def quantize(
     from quire.models.config import read_model_config
     from quire.plan.memory import plan_dtype
     from quire.quant import method as methods
-    from quire.quant import save
     from quire.quant.quality import compare
+    from quire.quant.save import quantization_config
     from quire.quant.texts import rows_of, texts_of
     from quire.text.tokenizer import Tokenizer
+    from quire.weights import save
     from quire.weights.hub import resolve
 
     begin = time.monotonic()
@@ -116,7 +117,7 @@ def quantize(
         made = methods.quantize(dense, rows, recipe, advance)
     with save.whole_folder(output) as working:
         tensors = stored_as(folder, dense, made)
-        save.write_checkpoint(folder, working, tensors, save.quantization_config(recipe, _left_dense(dense, made)))
+        save.write_checkpoint(folder, working, tensors, quantization_config(recipe, _left_dense(dense, made)))
     _say(f"Wrote {output} ({_megabytes(folder)} -> {_megabytes(output)} MB of weights) in {time.monotonic() - begin:.0f} s.")
     facts: dict[str, Any] = {"output": str(output), "method": recipe.method, "linears": len(made.parts)}
     del dense, made

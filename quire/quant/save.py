@@ -1,35 +1,22 @@
-"""Quantized linears as the layouts that other programs load, and the folder around them, written as a whole or not at all.
+"""Quantized linears as the layouts that other programs load, and what config.json says of them.
 
 Layouts: see quire/quant/stored.py, which reads them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quire.errors import ConfigError
 from quire.quant.nearest import MOST_FP8, MOST_INT8, pack_nibbles, safe
 from quire.quant.stored import AWQ_ORDER, PER_WORD
 
 if TYPE_CHECKING:
     from quire.quant.grid import Grid
     from quire.quant.method import Recipe
-
-SHARD_BYTES = 4 << 30
-# What a folder may hold beside weights that a reader of the new one needs.
-COPIED = (".json", ".txt", ".model", ".jinja", ".md")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def awq_parts(numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
@@ -117,78 +104,3 @@ def quantization_config(recipe: Recipe, dense: Sequence[str]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or goes. Raises ConfigError if there is something."""
-    refuse_contents(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield working
-        for path in working.iterdir():
-            _to_disk(path)
-        working.chmod(0o755)
-        if output.is_dir():
-            output.rmdir()  # it is empty; a file put there meanwhile makes this fail
-        os.replace(working, output)
-        _to_disk(output.parent)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-
-
-def refuse_contents(output: Path) -> None:
-    """Raises ConfigError if `output` is something else than an empty folder or nothing."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output must be a new or an empty folder, got {str(output)!r}, which is not.")
-
-
-def write_checkpoint(
-    source: Path, folder: Path, tensors: Iterator[tuple[str, Tensor]], config: Mapping[str, Any], most: int = SHARD_BYTES
-) -> None:
-    """Files of weights of at most `most` bytes (one tensor at least), config.json with that quantization_config, and
-    whatever else `source` has for a reader."""
-    places: dict[str, int] = {}
-    shard: dict[str, Tensor] = {}
-    files: list[Path] = []
-
-    def close() -> None:
-        path = folder / f"part-{len(files)}"
-        save_file(shard, path, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, len(files)))
-        files.append(path)
-        shard.clear()
-
-    total = held = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > most:
-            close()
-            held = 0
-        # A copy: what comes from a mapped file may be let go before it is written.
-        shard[name] = tensor.contiguous().clone()
-        held, total = held + size, total + size
-    close()
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-        weight_map = {name: names[number] for name, number in sorted(places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for path, name in zip(files, names, strict=True):
-        path.rename(folder / name)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name.endswith(COPIED) and path.name not in NOT_COPIED:
-            shutil.copyfile(path, folder / path.name)
-    original = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**original, "quantization_config": config}, indent=2) + "\n")
-
-
-def _to_disk(path: Path) -> None:
-    """So that a loss of power cannot leave a name without its contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ from quire.quant.quality import compare
 from quire.quant.scheme import parse
 from quire.quant.stored import read
 from quire.quant.texts import built_in, rows_of, texts_of
+from quire.weights import save as folder_save
 from quire.weights.tensors import stored_tensors
 from tests.conftest import write_model
 from tests.parity.families import BY_NAME, randomise
@@ -118,8 +119,9 @@ def written(source: Path, output: Path, recipe: Recipe) -> Path:
     config = read_model_config(source)
     model = assemble(source, config, "float32", keep_dense=True)
     made = quantize(model, ROWS, recipe, lambda count: None)
-    with save.whole_folder(output) as working:
-        save.write_checkpoint(source, working, stored_as(source, model, made), save.quantization_config(recipe, ()), 60_000)
+    with folder_save.whole_folder(output) as working:
+        config = save.quantization_config(recipe, ())
+        folder_save.write_checkpoint(source, working, stored_as(source, model, made), config, 60_000)
     return output
 
 
@@ -182,13 +184,13 @@ def test_transformers_loads_what_is_written(method: str, tmp_path: Path) -> None
 
 
 def test_the_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), save.whole_folder(tmp_path / "out") as working:
+    with pytest.raises(FileNotFoundError), folder_save.whole_folder(tmp_path / "out") as working:
         (working / "written.json").rename(working / "none" / "there")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(ConfigError, match="output must be a new or an empty folder"):
-        save.refuse_contents(tmp_path / "out")
+        folder_save.refuse_contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
