@@ -29,6 +29,7 @@ OPERATIONS = (
     "packed_rows",
     "lora_table",
     "lora",
+    "loras",
     "embedding",
     "rms_norm",
     "layer_norm",
@@ -84,7 +85,14 @@ def lora(x: Tensor, y: Tensor, slots: Tensor, table: LoraTable) -> Tensor:
     x [T, I], slots [T] int32: -1 for rows that stay as they are. y may be overwritten. Differentiable in x, y and the
     tensors of the table.
     """
-    return autograd.lora(selected().lora, x, y, slots, table)
+    kernels = selected()
+    return autograd.lora(kernels.lora, kernels.lora_backward, x, y, slots, table)
+
+
+def loras(x: Tensor, ys: Sequence[Tensor], slots: Tensor, tables: Sequence[LoraTable]) -> list[Tensor]:
+    """`lora` of several linears that were given the same x: bit for bit the same, in one call."""
+    kernels = selected()
+    return autograd.loras(kernels.loras, kernels.lora, kernels.lora_backward, x, ys, slots, tables)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ same bits as serving; backward by whatever is fastest, since no promise rests on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,26 @@ def packed_attention(
     return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
 
 
-def lora(forward: Callable[..., Tensor], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable) -> Tensor:
-    tensors = [tensor for weight in table.weights if weight is not None for tensor in (weight.a, weight.b)]
-    if _wanted(x, y, *tensors):
-        return _Lora.apply(forward, x, y, slots, table, *tensors)
+def lora(
+    forward: Callable[..., Tensor], backward: Callable[..., Any], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable
+) -> Tensor:
+    if torch.is_grad_enabled() and _wanted(x, y, *table.tensors):
+        return _Lora.apply(forward, backward, x, y, slots, table, *table.tensors)
     return forward(x, y, slots, table)
+
+
+def loras(
+    together: Callable[..., list[Tensor]],
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Any],
+    x: Tensor,
+    ys: Sequence[Tensor],
+    slots: Tensor,
+    tables: Sequence[LoraTable],
+) -> list[Tensor]:
+    if torch.is_grad_enabled() and _wanted(x, *ys, *(tensor for table in tables for tensor in table.tensors)):
+        return [lora(forward, backward, x, y, slots, table) for y, table in zip(ys, tables, strict=True)]
+    return together(x, ys, slots, tables)
 
 
 class _Linear(torch.autograd.Function):
@@ -66,29 +81,29 @@ class _Linear(torch.autograd.Function):
 
 
 class _Lora(torch.autograd.Function):
-    """With u = x A^T and g = scale * dy: dB = u^T g, dA = (g B)^T x, dx = (g B) A, each over the rows of its slot."""
+    """`backward` gives the gradients of x and of the table's tensors; y's is dy itself."""
 
     @staticmethod
     def forward(
-        ctx: Any, forward: Callable[..., Tensor], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable, *tensors: Tensor
+        ctx: Any,
+        forward: Callable[..., Tensor],
+        backward: Callable[..., Any],
+        x: Tensor,
+        y: Tensor,
+        slots: Tensor,
+        table: LoraTable,
+        *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, slots, *tensors)
-        ctx.scales = {slot: weight.scale for slot, weight in enumerate(table.weights) if weight is not None}
+        ctx.save_for_backward(x, slots, *tensors)  # the tensors: so that a change before `backward` is noticed
+        ctx.table, ctx.compute = table, backward
         return forward(x, y.clone(), slots, table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, slots, *tensors = ctx.saved_tensors
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        gradients: list[Tensor] = []
-        for (slot, scale), a, b in zip(ctx.scales.items(), tensors[::2], tensors[1::2], strict=True):
-            rows = (slots == slot).nonzero()[:, 0]
-            inputs, g = x[rows].float(), grad[rows].float() * scale
-            inner = g @ b.t()
-            gradients += [inner.t() @ inputs, (inputs @ a.t()).t() @ g]
-            if dx is not None:
-                dx[rows] = (inner @ a).to(x.dtype)
-        return None, dx, grad if ctx.needs_input_grad[2] else None, None, None, *gradients
+        x, slots, *_ = ctx.saved_tensors
+        _, _, need_x, need_y, _, _, *need_weights = ctx.needs_input_grad
+        dx, gradients = ctx.compute(grad, x, slots, ctx.table, need_x, need_weights)
+        return None, None, dx, grad if need_y else None, None, None, *gradients
 
 
 class _PackedAttention(torch.autograd.Function):

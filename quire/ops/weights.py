@@ -5,6 +5,7 @@ Letters: O outputs, I inputs, R rank, G groups of consecutive inputs that share 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -85,6 +86,11 @@ class LoraTable:
     """The adapters of one linear layer by slot; None: that slot has nothing for this layer."""
 
     weights: tuple[LoraWeight | None, ...]
+
+    @functools.cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """a and b of all slots that have some, in order."""
+        return tuple(tensor for weight in self.weights if weight is not None for tensor in (weight.a, weight.b))
 
 
 Weight = DenseWeight | Int8Weight | Int4Weight | Fp8Weight

@@ -2,8 +2,8 @@
 
 from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_rows
+from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
 from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
-from quire.ops.reference.lora import lora, lora_table
 
 __all__ = [
     "activation",
@@ -12,7 +12,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "lora",
+    "lora_backward",
     "lora_table",
+    "loras",
     "pack",
     "packed_attention",
     "packed_linear",

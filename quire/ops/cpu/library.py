@@ -45,6 +45,18 @@ class WeightStruct(ctypes.Structure):
     )
 
 
+class LoraPartStruct(ctypes.Structure):
+    """`quire_lora_part`."""
+
+    _fields_ = (("a", _pointer), ("b", _pointer), ("rank", _long), ("scale", _float))
+
+
+class LoraTableStruct(ctypes.Structure):
+    """`quire_lora_table`."""
+
+    _fields_ = (("inputs", _long), ("outputs", _long), ("slots", _long), ("parts", _pointer))
+
+
 # What a call builds anew each time is packed in one go, which takes a fraction of what a ctypes structure does.
 _HEADS, _KV = "Pqq", "iqqqPPqqqqP"
 HEADS = struct.Struct(_HEADS)  # quire_heads: data, token, head
@@ -69,6 +81,9 @@ SIGNATURES = {
     "write_kv": (_pointer, _int, _long, _pointer, _pointer, _pointer),
     "rope_and_write": (_pointer, _int, *[_long] * 3, *[_pointer] * 6),
     "attend": (_pointer,),
+    "lora": (_pointer, _int, _long, _pointer, _long, _pointer, _long, _pointer),
+    "loras": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
+    "lora_backward": (_pointer, _int, _long, *[_pointer, _long] * 2, *[_pointer] * 4),
 }
 
 
@@ -77,7 +92,9 @@ def library() -> ctypes.CDLL:
     """The library with its signatures. Raises OSError where it was not built or is of another version."""
     native = ctypes.CDLL(str(PATH))
     for name, arguments in SIGNATURES.items():
-        function = getattr(native, f"quire_{name}")
+        function = getattr(native, f"quire_{name}", None)
+        if function is None:
+            raise OSError(f"{PATH.name} has no {name}: install Quire again.")
         function.argtypes, function.restype = arguments, _int
     for name in ("isa", "isas"):
         getattr(native, f"quire_{name}").restype = ctypes.c_char_p

@@ -2,7 +2,7 @@
 
 from quire.ops.reference.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.reference.linear import linear
-from quire.ops.reference.lora import lora, lora_table
+from quire.ops.reference.lora import lora, lora_backward, lora_table, loras
 from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_rows
 from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
@@ -13,7 +13,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "lora",
+    "lora_backward",
     "lora_table",
+    "loras",
     "pack",
     "packed_attention",
     "packed_linear",
