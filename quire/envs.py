@@ -44,3 +44,8 @@ def threads() -> int | None:
 def cache_dir() -> Path:
     """QUIRE_CACHE: where Quire keeps what can be made again."""
     return Path(os.environ.get("QUIRE_CACHE") or Path.home() / ".cache" / "quire")
+
+
+def data_dir() -> Path:
+    """QUIRE_DATA: where a server keeps files, jobs and trained adapters if --data-dir is not given."""
+    return Path(os.environ.get("QUIRE_DATA") or Path.home() / ".local" / "share" / "quire")

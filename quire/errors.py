@@ -3,6 +3,7 @@
     QuireError
     |- InvalidRequest (ValueError)     400  a request's field is wrong
     |- NotFound (LookupError)          404  a named thing does not exist
+    |- Refused                         403  this server does not do that, or not for this caller
     |- TooManyRequests                 429  this caller's quota
     |- Unavailable                     503  the whole server: starting, draining, full or dead
     |  |- Overloaded                        admission refused; comes with `retry_after`
@@ -10,6 +11,7 @@
     |- ConfigError (ValueError)             a flag or an option is wrong
     |  `- DoesNotFit                        the plan needs more memory than there is
     |- AdapterError (ValueError)       400  an adapter's folder, configuration or tensors are wrong
+    |- DataError (ValueError)          400  a training file has bad lines
     `- ModelError                           a model folder is missing, damaged or of an unknown family
 
 This room knows no HTTP beyond the status number that each class suggests, and imports nothing of Quire.
@@ -18,7 +20,7 @@ This room knows no HTTP beyond the status number that each class suggests, and i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -65,6 +67,18 @@ class NotFound(QuireError, LookupError):
         super().__init__(message)
         self.message = message
         self.parameter = parameter
+        self.code = code
+
+
+class Refused(QuireError):
+    """This server does not do what was asked, and asking again will not help."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
         self.code = code
 
 
@@ -126,6 +140,20 @@ class AdapterError(QuireError, ValueError):
         self.message = message
         self.parameter = parameter
         self.code = code
+
+
+class DataError(QuireError, ValueError):
+    """A training file has lines that cannot be trained on. problems: the first of them, with `line`, `field` and `message`;
+    count: how many there are. The message lists them."""
+
+    status = 400
+    type = "BadRequestError"
+    code = "invalid_training_file"
+
+    def __init__(self, message: str, problems: Sequence[Any] = (), count: int = 0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.problems, self.count = problems, count
 
 
 class ModelError(QuireError):

@@ -17,15 +17,16 @@ from quire.server.middleware.edge import Edge
 from quire.server.middleware.intake import Intake
 from quire.server.middleware.keys import ApiKeys
 from quire.server.options import ServerOptions
-from quire.server.routes import chat, completions, console, health, metrics, models, tokenize
+from quire.server.routes import chat, completions, console, files, fine_tuning, health, metrics, models, tokenize
 from quire.service.application import Application
+from quire.service.fine_tuning import FineTuning
 
-_GROUPS = (health, models, completions, chat, tokenize, metrics, console)
+_GROUPS = (health, models, completions, chat, tokenize, files, fine_tuning, metrics, console)
 
 
 def build_app(engine: Any, options: ServerOptions) -> FastAPI:
     """The application over `engine`; None if it is still loading (`app.state.application.attach` follows then)."""
-    application = Application(options.limits, options.served_model_name)
+    application = Application(options.limits, options.served_model_name, fine_tuning=_fine_tuning(options))
     if engine is not None:
         application.attach(engine)
     app = FastAPI(title="Quire", version=quire.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -43,11 +44,23 @@ def build_app(engine: Any, options: ServerOptions) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def _fine_tuning(options: ServerOptions) -> FineTuning | None:
+    folder = options.data_folder
+    if folder is None:
+        return None
+    return FineTuning(
+        folder,
+        latency_budget=options.training_latency_budget / 1000,
+        most_training=options.max_training_jobs,
+        most_unfinished=options.max_queued_jobs,
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -80,6 +80,15 @@ def response(error: BaseException, request_id: str) -> Response:
     return JSONResponse(content, status, headers={**headers, "x-request-id": request_id})
 
 
+def openai_response(error: QuireError, request_id: str) -> Response:
+    """The answer in OpenAI's own words, as clients of files and fine-tuning read them: type, param and code of the fault."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    param = error.parameter if isinstance(error, (InvalidRequest, NotFound)) else None
+    message = stripped(getattr(error, "message", None) or str(error))
+    content = {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+    return JSONResponse(content, error.status, headers={**_headers_of(error), "x-request-id": request_id})
+
+
 def stripped(message: str) -> str:
     """Without absolute paths and object addresses, which tell about the machine and not about the request."""
     message = _ADDRESS.sub("", _PATH.sub(_last_part, message))

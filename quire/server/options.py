@@ -9,6 +9,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quire import envs
 from quire.errors import ConfigError
 from quire.service.limits import Limits
 
@@ -60,6 +61,19 @@ class ServerOptions:
     """Write tokens in logprobs as `token_id:N`."""
     response_role: str = "assistant"
     """Role of generated messages."""
+    enable_fine_tuning: bool = False
+    """Take files and fine-tuning jobs (/v1/files, /v1/fine_tuning/jobs) and train on the served weights between steps."""
+    data_dir: str | None = None
+    """Folder of files, jobs and trained adapters, of one server at a time; naming one enables fine-tuning. If not given,
+    QUIRE_DATA or ~/.local/share/quire."""
+    training_latency_budget: float = 50.0
+    """Milliseconds that training may add to a step in which requests run; 0: train only when there are none."""
+    max_training_jobs: int = 1
+    """Jobs that train at the same time; the others wait in order."""
+    max_queued_jobs: int = 10
+    """Unfinished jobs of one API key; beyond that 429."""
+    max_upload_bytes: int = 512 * MIB
+    """Largest file that may be uploaded."""
     max_body_bytes: int = 8 * MIB
     """Longest request body."""
     max_header_bytes: int = 64 << 10
@@ -88,14 +102,14 @@ class ServerOptions:
             raise ConfigError(f"unknown_fields must be one of {', '.join(UNKNOWN_FIELDS)}, got {self.unknown_fields!r}.")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with a slash, got {self.root_path!r}.")
-        for name in ("max_num_queued_reqs", "max_num_queued_tokens", "max_requests_per_key"):
+        for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than zero, got {getattr(self, name)!r}.")
-        for name in ("shutdown_timeout", "drain_grace"):
+        for name in ("shutdown_timeout", "drain_grace", "training_latency_budget"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}.")
         for name in ("api_key", "served_model_name", "allowed_origins"):
@@ -120,6 +134,13 @@ class ServerOptions:
             )
 
     @property
+    def data_folder(self) -> Path | None:
+        """Where files and jobs are kept; None if the server takes none."""
+        if self.data_dir is not None:
+            return Path(self.data_dir)
+        return envs.data_dir() if self.enable_fine_tuning else None
+
+    @property
     def limits(self) -> Limits:
         """The part that the application keeps."""
         return Limits(
@@ -130,7 +151,9 @@ class ServerOptions:
         )
 
 
+_WHOLE = ("max_num_queued_reqs", "max_num_queued_tokens", "max_requests_per_key", "max_training_jobs", "max_queued_jobs")
 _POSITIVE = (
+    "max_upload_bytes",
     "max_body_bytes",
     "max_header_bytes",
     "max_headers",

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
-from quire.errors import NotFound, QuireError, Unavailable
+from quire.errors import NotFound, QuireError, Refused, Unavailable
 from quire.log import logger
 from quire.metrics import Metrics
 from quire.service.admission import Admission, Ticket
+from quire.service.fine_tuning import FineTuning
 from quire.service.generation import Generation
 from quire.service.lifecycle import Lifecycle, Stage
 from quire.service.limits import Limits
@@ -40,8 +41,15 @@ def load_engine(config: EngineConfig) -> Any:
 class Application:
     """Everything between the doors and the engine."""
 
-    def __init__(self, limits: Limits, served_names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        served_names: tuple[str, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        fine_tuning: FineTuning | None = None,
+    ) -> None:
         self.limits = limits
+        self.fine_tuning = fine_tuning
         self.lifecycle = Lifecycle()
         self.admission = Admission(limits, self._rejected, clock)
         self.started_at = int(time.time())
@@ -66,7 +74,19 @@ class Application:
             "engine_heartbeat_age_seconds", "Since the engine's last sign of life.", lambda: engine.heartbeat().age_s
         )
         engine.metrics.watch("draining", "1 while shutting down.", lambda: self.lifecycle.stage is not Stage.READY)
+        if self.fine_tuning is not None:
+            self.fine_tuning.attach(engine, self.model_names)
         self.lifecycle.advance(Stage.READY)
+
+    def fine_tuning_or_refusal(self) -> FineTuning:
+        """Files and jobs; Unavailable while the model loads, Refused on a server that has none."""
+        if self.fine_tuning is None:
+            raise Refused(
+                "This server takes no files and no fine-tuning jobs: start it with --enable-fine-tuning.",
+                code="training_not_available",
+            )
+        self.lifecycle.check_open()
+        return self.fine_tuning
 
     @property
     def engine(self) -> Any:
@@ -143,6 +163,8 @@ class Application:
     def shutdown(self) -> None:
         """Stop the engine, if there is one."""
         self.lifecycle.advance(Stage.STOPPED)
+        if self.fine_tuning is not None:
+            self.fine_tuning.close()
         if self._engine is not None:
             self._engine.shutdown()
 

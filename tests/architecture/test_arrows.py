@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "assemble", "batch", "config", "errors", "log", "metrics", "models", "models.config", "models.registry", "plan",
         "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
     },
-    "service": {"config", "engine", "errors", "log", "metrics", "presets", "request", "text"},
+    "service": {"config", "engine", "errors", "log", "lora", "metrics", "plan", "presets", "request", "text", "train"},
     "server": {"config", "errors", "log", "metrics", "presets", "request", "service", "envs"},
     "embedded": NOTHING,
 }  # fmt: skip

@@ -25,6 +25,13 @@ MOST_DISCARDED = 4
 """A body beyond the limit is read and thrown away up to so many times the limit, because closing while the client still
 sends would reset the connection and the client would never see the answer."""
 DISCARD_SECONDS = 5.0
+UPLOADS = ("/v1/files",)
+"""Paths that take a form with a file, under a limit of their own."""
+UPLOAD_SECONDS = 3600.0
+FORM_BYTES = 64 << 10
+"""What a form may add to its file."""
+ACTIONS = ("/cancel", "/pause", "/resume")
+"""Endings of paths that need no body, and so no type of one."""
 
 
 class Intake:
@@ -37,11 +44,19 @@ class Intake:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body = _TimedBody(receive, self._options)
+        path = scope["path"].removeprefix(self._options.root_path.rstrip("/"))
         headers = dict(scope["headers"])
+        upload = path in UPLOADS
+        most, seconds = self._options.max_body_bytes, self._options.body_timeout
+        if upload:
+            most, seconds = self._options.max_upload_bytes + FORM_BYTES, UPLOAD_SECONDS
+        body = _TimedBody(receive, self._options, most, seconds)
         await body.check_length(headers)
-        _check_type(headers)
-        if not self._options.api_key and not self._options.insecure:
+        if upload:
+            _check_form(headers)
+        elif not (path.endswith(ACTIONS) and _has_no_body(headers)):
+            _check_type(headers)
+        if not self._options.api_key and (upload or not self._options.insecure):
             _check_origin(headers.get(b"origin", b"").decode("latin-1"), self._options.allowed_origins)
         state = scope.setdefault("state", {})
         ticket = self._application.arrive(state.get("key", ""))
@@ -60,6 +75,18 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
         raise HttpError(415, f"content-type must be application/json, got {shown}.")
 
 
+def _check_form(headers: dict[bytes, bytes]) -> None:
+    """Uploads are forms. A web page can post one without asking, so their origin is looked at on every server without keys."""
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"multipart/form-data":
+        shown = kind.decode("latin-1")[:80] or "none"
+        raise HttpError(415, f"content-type must be multipart/form-data, got {shown}.")
+
+
+def _has_no_body(headers: dict[bytes, bytes]) -> bool:
+    return headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+
+
 def _check_origin(origin: str, allowed: Sequence[str]) -> None:
     """A server without a key is for this machine only. A foreign page that has pointed its own name at this machine passes
     the browser's checks, but it cannot hide its origin; other clients send none."""
@@ -70,18 +97,18 @@ def _check_origin(origin: str, allowed: Sequence[str]) -> None:
 class _TimedBody:
     """ASGI's `receive` with a limit on size, silence and total time while the body comes in."""
 
-    def __init__(self, receive: Receive, options: ServerOptions) -> None:
-        self._receive, self._options = receive, options
+    def __init__(self, receive: Receive, options: ServerOptions, most: int, seconds: float) -> None:
+        self._receive, self._options, self._most = receive, options, most
         self._received = 0
         self._complete = False
-        self._deadline = time.monotonic() + options.body_timeout
+        self._deadline = time.monotonic() + seconds
 
     async def check_length(self, headers: dict[bytes, bytes]) -> None:
         """Refuse a body by its announced length."""
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit():
             raise HttpError(400, "content-length must be a whole number.", CLOSE)
-        if int(announced) > self._options.max_body_bytes:
+        if int(announced) > self._most:
             if headers.get(b"expect", b"").lower() != b"100-continue":
                 await self._discard()
             raise self._too_large()
@@ -99,13 +126,13 @@ class _TimedBody:
             raise ClientGone
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
-        if self._received > self._options.max_body_bytes:
+        if self._received > self._most:
             await self._discard()
             raise self._too_large()
         return message
 
     async def _discard(self) -> None:
-        left = MOST_DISCARDED * self._options.max_body_bytes
+        left = MOST_DISCARDED * self._most
         try:
             async with asyncio.timeout(DISCARD_SECONDS):
                 while not self._complete and left > 0:
@@ -118,4 +145,4 @@ class _TimedBody:
             pass
 
     def _too_large(self) -> HttpError:
-        return HttpError(413, f"the body may have {self._options.max_body_bytes} bytes.", CLOSE)
+        return HttpError(413, f"the body may have {self._most} bytes.", CLOSE)

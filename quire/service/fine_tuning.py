@@ -1,0 +1,92 @@
+"""Files and fine-tuning jobs of one server: the data folder, and the trainer once there is an engine.
+
+A folder belongs to one process at a time. Everything under it is Quire's: names from requests never become paths. Knows no
+HTTP; what brings torch is imported when the engine is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from quire.errors import ConfigError, InvalidRequest, NotFound
+from quire.log import logger
+from quire.service.blobs import Blobs
+from quire.service.files import Files
+from quire.service.job_request import JobRequest
+from quire.service.jobs import Job, Jobs
+from quire.service.store import Store
+
+if TYPE_CHECKING:
+    from quire.service.trainer import Trainer
+
+log = logger(__name__)
+
+
+class FineTuning:
+    """latency_budget: seconds that training may add to a step in which requests run."""
+
+    def __init__(self, folder: Path, *, latency_budget: float, most_training: int, most_unfinished: int) -> None:
+        self.folder, self.latency_budget, self.most_training = folder, latency_budget, most_training
+        self.uploads = 0
+        self._lock = _own(folder)
+        self._store = Store(folder)
+        self.files = Files(self._store, Blobs(folder))
+        self.jobs = Jobs(self._store, self.files, most_unfinished)
+        self._names: tuple[str, ...] = ()
+        self._trainer: Trainer | None = None
+
+    def attach(self, engine: Any, names: Sequence[str]) -> None:
+        """The model is loaded under `names`: serve what was trained on it, go on with the jobs that were not finished."""
+        from quire.service.trainer import Trainer
+
+        self._names = tuple(names)
+        self._trainer = Trainer(engine, self.jobs, self.files, self.folder, self.latency_budget, self.most_training)
+        self._trainer.start()
+
+    def create_job(self, owner: str, request: JobRequest) -> Job:
+        """A new job on the served model."""
+        if request.model not in self._names:
+            raise InvalidRequest(
+                f"Model {request.model[:200]} is not available for fine-tuning or does not exist. "
+                f"This server trains {', '.join(self._names)}.",
+                parameter="model",
+                code="model_not_available",
+            )
+        return self.jobs.create(owner, request, base_part(self._names[0]))
+
+    def close(self) -> None:
+        """Stop training where it stands and close the folder; what was told is on the disk already."""
+        if self._trainer is not None:
+            self._trainer.stop()
+        self._store.close()
+        self._lock.close()
+
+
+def base_part(name: str) -> str:
+    """A model's name as a part of others: without the characters that divide them."""
+    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-") or "model"
+
+
+def _own(folder: Path) -> IO[str]:
+    """Take the folder for this process; the system gives it back when the process ends, however it does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        lock = (folder / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"data_dir cannot be used: {error.strerror} ({folder}).") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise ConfigError(f"data_dir is in use by another server (process {holder}): {folder}.") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
