@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # One compute thread: the models are tiny, and tests that run side by side must not spin on each other's cores.
@@ -68,6 +69,17 @@ def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder)
     return folder
+
+
+DECISIVE = ("QUIRE_", "OMP_", "MKL_", "MALLOC_", "HF_")
+
+
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """What a test leaves behind in the environment would decide how the programs of later tests run."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(DECISIVE)}
+    yield
+    assert {name: value for name, value in os.environ.items() if name.startswith(DECISIVE)} == before
 
 
 @pytest.fixture(scope="session")

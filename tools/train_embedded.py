@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("QUIRE_OPS", "plain")
+if __name__ == "__main__":  # whoever imports this has chosen already
+    os.environ.setdefault("QUIRE_OPS", "plain")
 
 import torch
 from embedded_data import corpus

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint's files, one after the other, without holding more than one in memory.
 
-Safetensors files are mapped: a tensor that is used as it is stays in the page cache, one that was converted gives its pages
-back at once. `.bin` files go through `torch.load(weights_only=True)`, which cannot run code.
+Safetensors files are mapped: a large tensor that is used as it is stays in the page cache, one that was converted gives its
+pages back at once. `.bin` files go through `torch.load(weights_only=True)`, which cannot run code.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ TYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+# The system maps all pages of the block of its cache that a touched byte lies in; blocks have at most so many bytes.
+LARGEST_BLOCK = 2 << 20
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -53,16 +55,18 @@ def _tensor(mapping: mmap.mmap, start: int, header: TensorHeader) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of buffers that cannot be written
         raw = torch.frombuffer(mapping, dtype=torch.uint8, count=header.size, offset=start)
-    if start % DTYPE_BYTES[header.dtype]:
-        raw = raw.clone()  # nothing promises that a file's data begin at a multiple of the type's size
+    # A norm's few numbers must not keep a block of their neighbours in memory, and nothing promises that a file's data begin
+    # at a multiple of the type's size.
+    if header.size < LARGEST_BLOCK or start % DTYPE_BYTES[header.dtype]:
+        raw = raw.clone()
     return raw.view(dtype).view(header.shape)
 
 
 def _give_back(mapping: mmap.mmap, start: int, size: int) -> None:
-    """Let go of a tensor's whole pages; whoever still reads them gets them from the file again."""
-    page = mmap.PAGESIZE
-    first, last = -(-start // page) * page, (start + size) // page * page
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+    """Let go of a tensor's pages, and its neighbours' that came with them; who reads them gets them from the file again."""
+    first = max(0, start - LARGEST_BLOCK) // mmap.PAGESIZE * mmap.PAGESIZE
+    last = min(len(mapping), start + size + LARGEST_BLOCK)
+    if hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 

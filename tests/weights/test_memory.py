@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = {name: value.shape for name, value in model.named_parameters()}
     weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors")
+    _read_anew(folder / "model.safetensors")
     write_tokenizer(folder)
     return folder
+
+
+def _read_anew(path: Path) -> None:
+    """As after a restart of the machine: what is read ahead comes in large blocks, which are mapped as a whole."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(1 << 24):
+            pass
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell the peak")
@@ -68,7 +79,7 @@ def test_peak_is_at_most_the_weights_and_a_tenth(large: Path, tiny_llama: Path, 
     for _ in range(3):
         ran = subprocess.run(
             [sys.executable, "-c", PEAK, str(tiny_llama), str(large), json.dumps(options)],
-            check=True, capture_output=True, text=True,
+            check=True, capture_output=True, text=True, env={**os.environ, "QUIRE_OPS": "cpu"},
         )  # fmt: skip
         found = json.loads(ran.stdout.splitlines()[-1])
         assert found["weights"] > 50 << 20
