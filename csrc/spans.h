@@ -12,53 +12,6 @@ constexpr int PANEL = 32;  // keys, or dimensions, of a panel
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// LANES x LANES words, in place.
-INLINE void transpose(Words *rows) {
-#if defined(__AVX512F__)
-    __m512i t[16], u[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int h = 0; h < 2; h++) {
-            u[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-            u[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-        }
-    for (int c = 0; c < 4; c++) {
-        __m512i even[2], odd[2];
-        for (int h = 0; h < 2; h++) {
-            even[h] = _mm512_shuffle_i32x4(u[8 * h + c], u[8 * h + 4 + c], 0x88);
-            odd[h] = _mm512_shuffle_i32x4(u[8 * h + c], u[8 * h + 4 + c], 0xdd);
-        }
-        rows[c] = (Words)_mm512_shuffle_i32x4(even[0], even[1], 0x88);
-        rows[c + 4] = (Words)_mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
-        rows[c + 8] = (Words)_mm512_shuffle_i32x4(even[0], even[1], 0xdd);
-        rows[c + 12] = (Words)_mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
-    }
-#elif defined(__AVX2__)
-    __m256i t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int h = 0; h < 2; h++) {
-            u[i + 2 * h] = _mm256_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-            u[i + 2 * h + 1] = _mm256_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-        }
-    for (int c = 0; c < 4; c++) {
-        rows[c] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
-        rows[c + 4] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
-    }
-#else
-    Words out[LANES];
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++) out[j][i] = rows[i][j];
-    for (int i = 0; i < LANES; i++) rows[i] = out[i];
-#endif
-}
-
 // Heads of one token lie far apart, where the hardware does not look ahead by itself.
 INLINE void fetch(const uint8_t *row, int64_t count) {
     for (int64_t from = 0; from < count; from += 64) __builtin_prefetch(row + from, 0, 2);

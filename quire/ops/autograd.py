@@ -139,9 +139,7 @@ class _PackedAttention(torch.autograd.Function):
         return (None, *torch.autograd.grad(out, tensors, grad), None, None, None, None)
 
 
-def _sequence_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
+def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """One sequence, q [T, H, D], k, v [T, K, D], by torch's own attention where it can."""
     count = len(q)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))

@@ -1,5 +1,5 @@
-"""The native products of adapters and their gradients on every instruction set that this machine can run: against float64, row by
-row to the bit, for ragged ranks, odd sizes and rows of many slots in any order."""
+"""The native products of adapters and their gradients on every instruction set that this machine can run: against float64, row
+by row to the bit, for ragged ranks, odd sizes and rows of many slots in any order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def table_of(inputs: int, outputs: int, ranks: tuple[int | None, ...] = RANKS, module=cpu) -> LoraTable:  # noqa: ANN001
+def table_of(inputs: int, outputs: int, ranks: tuple[int | None, ...] = RANKS, module=cpu) -> LoraTable:
     return module.lora_table(
         [
             None if rank is None else LoraWeight(random(rank, inputs, seed=n), random(rank, outputs, seed=n + 99), 0.5 + n / 4)
@@ -144,7 +144,8 @@ def test_gradients(isa: str, inputs: int, outputs: int, dtype: torch.dtype) -> N
             again, others = cpu.lora_backward(dy, x, slots, table, True, need)
             assert torch.equal(again, dx)
             assert all(torch.equal(one, other) for one, other in zip(others, gradients, strict=True))
-            parts = [cpu.lora_backward(dy[n : n + 5], x[n : n + 5], slots[n : n + 5], table, True, need)[0] for n in range(0, ROWS, 5)]
+            some = zip(dy.split(5), x.split(5), slots.split(5), strict=True)
+            parts = [cpu.lora_backward(*part, table, True, need)[0] for part in some]
             assert torch.equal(torch.cat(parts), dx)
 
 
