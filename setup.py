@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent / "csrc"
 KERNELS = ("linear", "rows", "attention", "lora")
-PLAIN = ("dispatch", "pool")
+PLAIN = ("dispatch", "check", "pool")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 about its own headers
 X86 = {
@@ -28,6 +28,9 @@ X86 = {
     "avx2": "-mavx2 -mfma -mf16c",
     "generic": "",
 }
+# AMX's tiles multiply beside the kernels of avx512. Emulated they are for tests, on machines that have none.
+AMX = f"{X86['avx512']} -mavx512vbmi"
+AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 
 
 def instruction_sets() -> dict[str, str]:
@@ -35,6 +38,13 @@ def instruction_sets() -> dict[str, str]:
     if machine in ("x86_64", "amd64"):
         return X86
     return {"neon": ""} if machine in ("aarch64", "arm64") else {"generic": ""}
+
+
+def builds_tiles(compiler: list[str]) -> bool:
+    """Whether the compiler and its assembler know AMX."""
+    command = [*compiler, *AMX.split(), *AMX_TILES.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = 'void f() { asm volatile("tilerelease"); }'
+    return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 class BuildNative(build_ext):
@@ -50,10 +60,16 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
-        jobs = [(name, objects / f"{name}.o", []) for name in PLAIN]
+        amx = "avx512" in instruction_sets() and builds_tiles(compiler)
+        jobs = [(name, objects / f"{name}.o", ["-DQUIRE_AMX"] if amx else []) for name in PLAIN]
         for isa, switches in instruction_sets().items():
             jobs += [
                 (name, objects / f"{name}_{isa}.o", [f"-DQUIRE_ISA={isa}", *switches.split()]) for name in KERNELS
+            ]
+        if amx:
+            jobs += [
+                ("amx", objects / "amx.o", ["-DQUIRE_ISA=amx", *AMX.split(), *AMX_TILES.split()]),
+                ("amx", objects / "amx_emulated.o", ["-DQUIRE_ISA=amx_emulated", "-DQUIRE_EMULATED", *AMX.split()]),
             ]
 
         def compile_one(job: tuple[str, Path, list[str]]) -> None:

@@ -1,4 +1,5 @@
 // Chooses the kernels for this processor, once, and is the C interface to them.
+#include "check.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -10,25 +11,61 @@ namespace {
 
 struct Isa {
     const char *name;
-    bool here;
     quire::Kernels kernels;
+};
+
+struct Isas {
+    std::vector<Isa> list;
+    std::string note;
 };
 
 #define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k), isa::add_rows(k), isa::add_attention(k), isa::add_lora(k); })
 
-std::vector<Isa> find() {
-    std::vector<Isa> found;
+#if defined(__x86_64__)
+// In front of AVX-512, whose kernels do all but the products with packed weights.
+void add_amx(Isas &found) {
+    const Isa avx512 = found.list.back();
+    const char *refused = quire::amx_refused();
+#if defined(QUIRE_AMX)
+    if (!refused) {
+        Isa tiles = {"amx", avx512.kernels};
+        amx::add_linear(tiles.kernels);
+        if (quire::same_products(tiles.kernels, avx512.kernels))
+            found.list.insert(found.list.begin(), tiles);
+        else
+            refused = "known products came out wrong";
+    }
+#else
+    if (!refused) refused = "the compiler that built this library does not know it";
+#endif
+    if (refused && *refused) found.note = std::string("AMX is not used: ") + refused;
+}
+#endif
+
+Isas find() {
+    Isas found;
     auto add = [&](const char *name, void (*fill)(quire::Kernels &)) {
-        found.push_back({name, true, {}});
-        fill(found.back().kernels);
+        found.list.push_back({name, {}});
+        fill(found.list.back().kernels);
     };
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    const bool avx512_here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512vnni");
+    if (avx512_here) {
         ADD(avx512);
+        add_amx(found);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ADD(avx2);
     ADD(generic);
+#if defined(QUIRE_AMX)
+    if (avx512_here && __builtin_cpu_supports("avx512vbmi")) {
+        ADD(avx512);
+        found.list.back().name = "amx-emulated";
+        amx_emulated::add_linear(found.list.back().kernels);
+    }
+#endif
 #elif defined(__aarch64__)
     ADD(neon);
 #else
@@ -37,10 +74,11 @@ std::vector<Isa> find() {
     return found;
 }
 
-std::vector<Isa> &isas() {
-    static std::vector<Isa> found = find();
-    return found;
+Isas &found() {
+    static Isas isas = find();
+    return isas;
 }
+std::vector<Isa> &isas() { return found().list; }
 size_t chosen = 0;
 
 const quire::Kernels &kernels() { return isas()[chosen].kernels; }
@@ -66,6 +104,15 @@ const char *quire_isas(void) {
 int quire_set_isa(const char *name) {
     for (size_t i = 0; i < isas().size(); i++)
         if (!std::strcmp(isas()[i].name, name)) return chosen = i, 0;
+    return -1;
+}
+
+const char *quire_isa_note(void) { return found().note.c_str(); }
+
+int quire_check_isa(const char *name) {
+    for (size_t i = 0; i < isas().size(); i++)
+        if (!std::strcmp(isas()[i].name, name))
+            return quire::same_products(isas()[i].kernels, isas()[i || isas().size() == 1 ? 0 : 1].kernels) ? 0 : -1;
     return -1;
 }
 

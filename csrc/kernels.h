@@ -35,3 +35,10 @@ QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)
 QUIRE_DECLARE(neon)
 QUIRE_DECLARE(generic)
+// They take over what they can from the kernels that are given.
+namespace amx {
+void add_linear(quire::Kernels &kernels);
+}
+namespace amx_emulated {
+void add_linear(quire::Kernels &kernels);
+}

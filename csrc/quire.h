@@ -22,11 +22,17 @@ enum quire_type { QUIRE_F32 = 0, QUIRE_BF16 = 1, QUIRE_F16 = 2, QUIRE_E4M3 = 3, 
 
 int quire_version(void);
 
-/* The instruction set in use ("avx512", "avx2", "neon", "generic"), and those that this machine can run, by commas. */
+/* The instruction set in use ("amx", "avx512", "avx2", "neon", "generic"), and those that this machine can run, by commas,
+ * the best first. "amx-emulated" comes last and is for tests: AMX's way in plain C++. */
 const char *quire_isa(void);
 const char *quire_isas(void);
-/* Use another one of them. Only for tests: weights packed before stay valid. */
+/* Use another one of them. Weights packed before stay valid. */
 int quire_set_isa(const char *name);
+/* Why a set that the processor has is not among them; empty where there is nothing to say. */
+const char *quire_isa_note(void);
+/* 0 if the set's products agree with the best one's (the best one's with the next one's) where every order of the sums gives
+ * the same. */
+int quire_check_isa(const char *name);
 
 /* Threads of the pool, the calling one included. */
 int quire_set_threads(int count);

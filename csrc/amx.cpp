@@ -1,0 +1,414 @@
+// Products with packed weights on AMX's tiles: 32 rows by 32 outputs at a time, one way for every number of rows.
+//
+// The panels are linear.cpp's, so a weight may be packed before the instruction set is chosen. A step is what one tile takes:
+// 32 inputs in bfloat16, 64 (or 32) in bytes. INT8's panels are loaded as they lie; the others are turned into tiles a block
+// of steps at a time, bfloat16 by pairing the inputs, FP8 and INT4 by decoding. Every output adds its steps in ascending order;
+// where it is put aside between two blocks it is stored whole. Integers are exact and scaled as linear.cpp scales them, so
+// they give its bits; bfloat16 does not, as a step's pairs are summed inside the tile.
+//
+// What has no tiles (float32 and float16, of x or of weights) goes to the next instruction set.
+#include "kernels.h"
+#include "product.h"
+#include "tiles.h"
+
+#include <vector>
+
+namespace QUIRE_ISA {
+namespace {
+
+constexpr int BAND = 2 * TILE_ROWS;                   // rows of x that pass together
+constexpr int64_t STEP_BYTES = TILE_ROWS * PANEL * 4;  // a step of a panel: 16 lines, each of 32 outputs' pairs or fours
+constexpr int64_t FEW_BANDS = 4;                      // until here reading the weight is what takes the time
+constexpr int64_t FEW_STEPS = 4, MANY_STEPS = 16;     // of a block: a part of the first-level cache; most of it
+constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 12;   // they share what lies in the second-level cache
+constexpr int64_t TASKS_PER_THREAD = 4;
+
+// Tiles 0 to 3 are the sums of 32 rows by 32 outputs, 4 and 5 the rows, 6 and 7 the weights.
+class Tiles {
+public:
+    ~Tiles() {
+        if (rows_) release();
+    }
+    // For `rows` rows and steps of `bytes` bytes. Does nothing where the tiles are so already.
+    void shape(int rows, int bytes) {
+        if (rows == rows_) return;
+        rows_ = rows;
+        TileConfig config;
+        const int halves[2] = {std::min(rows, TILE_ROWS), std::max(rows - TILE_ROWS, 0)};
+        for (int h = 0; h < 2; h++)
+            if (halves[h]) {
+                config.rows[2 * h] = config.rows[2 * h + 1] = config.rows[4 + h] = uint8_t(halves[h]);
+                config.bytes[2 * h] = config.bytes[2 * h + 1] = TILE_BYTES, config.bytes[4 + h] = uint16_t(bytes);
+            }
+        config.rows[6] = config.rows[7] = uint8_t(bytes / 4);
+        config.bytes[6] = config.bytes[7] = TILE_BYTES;
+        configure(config);
+    }
+
+private:
+    int rows_ = 0;
+};
+
+// x in tiles: [band][step][half band][16 rows][bytes of a step], zeros past the inputs. For integers also the rows' scales
+// and sums, [row, groups].
+struct Rows {
+    int64_t steps, bytes, groups;
+    uint8_t *values;
+    float *scales;
+    int32_t *sums;
+    const uint8_t *step(int64_t band, int64_t s) const { return values + (band * steps + s) * BAND * bytes; }
+};
+
+struct Dots {
+    static constexpr int BF16 = 0, SIGNED = 1, UNSIGNED = 2;
+};
+
+template <int kind, int C, int A, int B> INLINE void dot() {
+    if constexpr (kind == Dots::BF16) dot_bf16<C, A, B>();
+    if constexpr (kind == Dots::SIGNED) dot_signed<C, A, B>();
+    if constexpr (kind == Dots::UNSIGNED) dot_unsigned<C, A, B>();
+}
+
+// What comes next, `lines` cache lines for each step.
+struct Ahead {
+    const uint8_t *from;
+    int64_t lines;
+    bool near;  // for the first-level cache
+};
+
+// sums [32, 32] = or += rows times weights over `steps` steps.
+template <int kind, bool BOTH>
+void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add, Ahead ahead) {
+    constexpr int64_t LINE = PANEL * 4;  // of sums and of the weights
+    auto c = static_cast<uint8_t *>(sums), lower = c + TILE_ROWS * LINE;
+    if (add) {
+        load_tile<0>(c, LINE), load_tile<1>(c + TILE_BYTES, LINE);
+        if constexpr (BOTH) load_tile<2>(lower, LINE), load_tile<3>(lower + TILE_BYTES, LINE);
+    } else {
+        zero<0>(), zero<1>();
+        if constexpr (BOTH) zero<2>(), zero<3>();
+    }
+    const int64_t half = TILE_ROWS * x.bytes, step = x.bytes / 4 * LINE;
+    for (int64_t s = 0; s < steps; s++, a += 2 * half, b += step) {
+        for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64)
+            ahead.near ? __builtin_prefetch(ahead.from, 0, 3) : __builtin_prefetch(ahead.from, 0, 2);
+        load_tile<4>(a, x.bytes);
+        load_tile<6>(b, LINE);
+        dot<kind, 0, 4, 6>();
+        load_tile<7>(b + TILE_BYTES, LINE);
+        dot<kind, 1, 4, 7>();
+        if constexpr (BOTH) {
+            load_tile<5>(a + half, x.bytes);
+            dot<kind, 2, 5, 6>();
+            dot<kind, 3, 5, 7>();
+        }
+    }
+    store_tile<0>(c, LINE), store_tile<1>(c + TILE_BYTES, LINE);
+    if constexpr (BOTH) store_tile<2>(lower, LINE), store_tile<3>(lower + TILE_BYTES, LINE);
+}
+
+template <int kind>
+void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add,
+              const Ahead &ahead) {
+    tiles.shape(rows, int(x.bytes));
+    (rows > TILE_ROWS ? multiply<kind, true> : multiply<kind, false>)(steps, x, a, b, sums, add, ahead);
+}
+
+// ---- the forms: how a panel becomes tiles, and what its sums become ---------------------------------------------------
+
+// A form has
+//   kind, and unit: inputs of which a block holds whole numbers;
+//   prepare(product): x in tiles;
+//   raw(weight, panel, input): where the panel's inputs from there on begin, in the weight;
+//   tiles(weight, panel, begin, end, room): the block as tiles, in the weight itself or in room;
+//   sums(...) over a block for a band, and finish(...) of a band.
+
+// Rows of x as they are, 16 to a task.
+template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t bytes, const Fill &fill) {
+    Rows out = {steps, bytes, 1, nullptr, nullptr, nullptr};
+    out.values = static_cast<uint8_t *>(quire::scratch(0, up(rows, BAND) * steps * bytes));
+    quire::parallel(up(rows, TILE_ROWS) / TILE_ROWS, [&](int64_t task) {
+        for (int64_t r = task * TILE_ROWS; r < std::min(rows, (task + 1) * TILE_ROWS); r++) {
+            const uint8_t *line = fill(r);
+            uint8_t *to = out.values + r / BAND * steps * BAND * bytes + r % BAND * bytes;
+            for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * BAND * bytes, line + s * bytes, size_t(bytes));
+        }
+    });
+    return out;
+}
+
+// y = sums with scales and bias, as Product::finish does it, a whole row of a panel at once.
+void finish_rows(const Product &product, int w, int64_t p, int64_t row, int rows, float *sums) {
+    const quire_weight &weight = *product.weights[w];
+    const int64_t start = p * PANEL, size = bytes_of(product.type);
+    if (start + PANEL > weight.outputs) {
+        for (int r = 0; r < rows; r++) product.finish(w, row + r, p, sums + r * PANEL);
+        return;
+    }
+    const float *scales = weight.form == QUIRE_DENSE && weight.scales ? weight.scales + start : nullptr;
+    alignas(64) float bias[PANEL];
+    if (product.biases[w])
+        row_to_floats(product.type, static_cast<const uint8_t *>(product.biases[w]) + start * size, PANEL, bias);
+    auto to = static_cast<uint8_t *>(product.ys[w]) + (row * product.y_strides[w] + start) * size;
+    for (int r = 0; r < rows; r++, to += product.y_strides[w] * size) {
+        for (int o = 0; o < PANEL; o += LANES) {
+            Floats value = load<Floats>(sums + r * PANEL + o);
+            if (scales) value *= load<Floats>(scales + o);
+            if (product.biases[w]) value += load<Floats>(bias + o);
+            store(sums + r * PANEL + o, value);
+        }
+        floats_to_row(product.type, sums + r * PANEL, PANEL, to);
+    }
+}
+
+// Line i of a bfloat16 panel holds input i, outputs o and o + 16 in a word; a tile's line the inputs 2i and 2i + 1.
+struct Bf16 {
+    static constexpr int64_t INPUT = PANEL * 2;
+    static INLINE void pair(const uint8_t *from, bool both, uint8_t *to) {
+        const Words even = load<Words>(from), odd = both ? load<Words>(from + INPUT) : Words{};
+        store(to, (even & 0xffffu) | odd << 16);
+        store(to + TILE_BYTES, even >> 16 | (odd & 0xffff0000u));
+    }
+};
+
+// A byte's upper and lower half as bfloat16 from a table of all 128 sizes.
+struct E4m3 {
+    static constexpr int64_t INPUT = PANEL;
+    struct Tables {
+        alignas(64) uint8_t low[128], high[128];
+        // Which of 128 bytes, the lower halves of two inputs and then the upper ones, make each half of the outputs.
+        alignas(64) uint8_t order[2][TILE_BYTES];
+        Tables() {
+            for (int i = 0; i < 128; i++) {
+                const uint16_t half = i == 127 ? 0x7fc0 : to_bf16(from_e4m3(uint8_t(i)));
+                low[i] = uint8_t(half), high[i] = uint8_t(half >> 8);
+            }
+            for (int h = 0; h < 2; h++)
+                for (int i = 0; i < TILE_BYTES; i++) order[h][i] = uint8_t(i % 2 * 64 + i / 2 % 2 * PANEL + i / 4 * 2 + h);
+        }
+    };
+    static INLINE void pair(const uint8_t *from, bool both, uint8_t *to) {
+        static const Tables tables;
+        const auto table = [](const uint8_t *p) { return load<__m512i>(p); };
+        const __m512i u = both ? load<__m512i>(from) : _mm512_zextsi256_si512(load<__m256i>(from));
+        const __m512i low = _mm512_permutex2var_epi8(table(tables.low), u, table(tables.low + 64));
+        const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(table(tables.high), u, table(tables.high + 64)),
+                                             _mm512_and_si512(u, _mm512_set1_epi8(char(0x80))));
+        store(to, _mm512_permutex2var_epi8(low, table(tables.order[0]), high));
+        store(to + TILE_BYTES, _mm512_permutex2var_epi8(low, table(tables.order[1]), high));
+    }
+};
+
+template <class Values> struct Dense {
+    static constexpr int kind = Dots::BF16;
+    static constexpr int64_t STEP = TILE_BYTES / 2;  // inputs of a step
+    const Product &product;
+    int64_t inputs = product.weights[0]->inputs;
+    Rows x = rows_in_tiles(product.rows, up(inputs, STEP) / STEP, TILE_BYTES, [this](int64_t r) {
+        auto line = static_cast<uint8_t *>(quire::scratch(1, up(inputs, STEP) * 2));
+        std::memcpy(line, product.row(r), size_t(inputs) * 2);
+        std::memset(line + inputs * 2, 0, size_t(up(inputs, STEP) - inputs) * 2);
+        return line;
+    });
+
+    int64_t unit() const { return 1; }
+    const uint8_t *raw(int w, int64_t p, int64_t step) const {
+        return static_cast<const uint8_t *>(product.weights[w]->data) + (p * inputs + step * STEP) * Values::INPUT;
+    }
+    int64_t raw_step() const { return STEP * Values::INPUT; }
+    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+        const uint8_t *from = raw(w, p, step);
+        const int64_t count = std::min(steps * STEP, inputs - step * STEP);
+        uint8_t *to = room;
+        for (int64_t i = 0; i < count; i += 2, to += 2 * TILE_BYTES)
+            Values::pair(from + i * Values::INPUT, i + 1 < count, to);
+        std::memset(to, 0, size_t(room + steps * STEP_BYTES - to));
+        return room;
+    }
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
+             const Ahead &ahead) const {
+        multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
+    }
+    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const { finish_rows(product, w, p, row, rows, sums); }
+};
+
+// x as bytes with a scale for each group of inputs.
+Rows quantized(const Product &product, int64_t inputs, int64_t group, int64_t bytes) {
+    const int64_t groups = (inputs + group - 1) / group, steps = up(inputs, bytes) / bytes;
+    auto scales = static_cast<float *>(quire::scratch(4, product.rows * groups * 4));
+    auto sums = static_cast<int32_t *>(quire::scratch(5, product.rows * groups * 4));
+    const int64_t whole = up(steps * bytes, 16);
+    Rows out = rows_in_tiles(product.rows, steps, bytes, [&](int64_t r) {
+        auto line = static_cast<float *>(quire::scratch(1, whole * 5));
+        auto values = reinterpret_cast<int8_t *>(line + whole);
+        row_to_floats(product.type, product.row(r), inputs, line);
+        std::fill(line + inputs, line + whole, 0.0f);
+        std::memset(values, 0, size_t(whole));
+        for (int64_t g = 0; g < groups; g++)
+            quantize_row(line + g * group, std::min(group, inputs - g * group), values + g * group, scales + r * groups + g,
+                         sums + r * groups + g);
+        return reinterpret_cast<const uint8_t *>(values);
+    });
+    out.groups = groups, out.scales = scales, out.sums = sums;
+    return out;
+}
+
+struct Int8 {
+    static constexpr int kind = Dots::UNSIGNED;
+    const Product &product;
+    int64_t inputs = product.weights[0]->inputs, panel_bytes = up(inputs, 4) * PANEL;
+    Rows x = quantized(product, inputs, inputs, TILE_BYTES);
+
+    int64_t unit() const { return 1; }
+    const uint8_t *raw(int w, int64_t p, int64_t step) const {
+        return static_cast<const uint8_t *>(product.weights[w]->data) + p * panel_bytes + step * STEP_BYTES;
+    }
+    int64_t raw_step() const { return STEP_BYTES; }
+    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+        const int64_t rest = panel_bytes - step * STEP_BYTES;
+        if (steps * STEP_BYTES <= rest) return raw(w, p, step);
+        std::memcpy(room, raw(w, p, step), size_t(rest));
+        std::memset(room + rest, 0, size_t(steps * STEP_BYTES - rest));
+        return room;
+    }
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
+             const Ahead &ahead) const {
+        multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
+    }
+    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const {
+        for (int r = 0; r < rows; r++) {
+            alignas(64) int32_t exact[PANEL];
+            std::memcpy(exact, sums + r * PANEL, sizeof exact);
+            std::fill(sums + r * PANEL, sums + (r + 1) * PANEL, 0.0f);
+            add_group<false>(exact, x.sums[row + r], x.scales[row + r], nullptr, product.weights[w]->scales + p * PANEL,
+                             sums + r * PANEL);
+        }
+        finish_rows(product, w, p, row, rows, sums);
+    }
+};
+
+// Weights less their zeros, -15 to 15, so that a group's sum is final.
+struct Int4 {
+    static constexpr int kind = Dots::SIGNED;
+    const Product &product;
+    int64_t inputs = product.weights[0]->inputs, group = product.weights[0]->group_size;
+    int64_t bytes = group % TILE_BYTES ? TILE_BYTES / 2 : TILE_BYTES;  // of a step, which is within a group
+    Rows x = quantized(product, inputs, group, bytes);
+
+    int64_t unit() const { return group / bytes; }
+    int64_t width(int w) const { return product.panels(w) * PANEL; }
+    const uint8_t *raw(int w, int64_t p, int64_t step) const {
+        return static_cast<const uint8_t *>(product.weights[w]->data) + (p * inputs + step * bytes) * PANEL / 2;
+    }
+    int64_t raw_step() const { return bytes * PANEL / 2; }
+    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+        uint8_t *to = room;
+        const uint8_t *from = raw(w, p, step);
+        for (int64_t g = step / unit(); g < (step + steps) / unit(); g++) {
+            const uint8_t *zeros = product.weights[w]->zeros + g * width(w) + p * PANEL;
+            __m512i zero[2];
+            for (int h = 0; h < 2; h++) zero[h] = (__m512i)(widen(load<Bytes>(zeros + h * LANES)) * 0x01010101u);
+            for (int64_t i = 0; i < group; i += 8, from += PANEL * 4, to += PANEL * 8)
+                for (int h = 0; h < 2; h++) {
+                    const Words word = load<Words>(from + h * TILE_BYTES);
+                    store(to + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word & 0x0f0f0f0fu), zero[h]));
+                    store(to + PANEL * 4 + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word >> 4 & 0x0f0f0f0fu), zero[h]));
+                }
+        }
+        return room;
+    }
+    void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
+             const Ahead &ahead) const {
+        alignas(64) int32_t exact[BAND * PANEL];
+        if (step == 0) std::fill(sums, sums + rows * PANEL, 0.0f);
+        Ahead next = ahead;
+        for (int64_t s = step; s < step + steps; s += unit(), b += unit() * bytes * PANEL) {
+            multiply<kind>(tiles, rows, unit(), x, x.step(band, s), b, exact, false, next);
+            next.from += unit() * next.lines * 64;
+            const int64_t g = s / unit();
+            const float *scales = product.weights[w]->scales + g * width(w) + p * PANEL;
+            const Floats left = load<Floats>(scales), right = load<Floats>(scales + LANES);
+            const float *own = x.scales + band * BAND * x.groups + g;
+            for (int r = 0; r < rows; r++) {
+                const Floats scale = all(own[r * x.groups]);
+                const int at = r * PANEL;
+                store(sums + at, load<Floats>(sums + at) + to_float(load<Ints>(exact + at)) * (scale * left));
+                store(sums + at + LANES,
+                      load<Floats>(sums + at + LANES) + to_float(load<Ints>(exact + at + LANES)) * (scale * right));
+            }
+        }
+    }
+    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const { finish_rows(product, w, p, row, rows, sums); }
+};
+
+// ---- the loops -------------------------------------------------------------------------------------------------------
+
+// For few bands one panel at a time from front to back; for many, blocks of bands and panels that fill the caches.
+template <class Form> void run(const Product &product) {
+    const Form form{product};
+    const int64_t bands = up(product.rows, BAND) / BAND, steps = form.x.steps;
+    const bool many = bands > FEW_BANDS;
+    const int64_t blocks = many ? (bands + MANY_BANDS - 1) / MANY_BANDS : 1, most_bands = (bands + blocks - 1) / blocks;
+    int64_t panels = 0, most_panels = 0;
+    for (int w = 0; w < product.count; w++) panels += product.panels(w), most_panels = std::max(most_panels, product.panels(w));
+    const int64_t even = panels * blocks / (quire::threads() * TASKS_PER_THREAD);
+    const int64_t span = std::min(steps, up(many ? MANY_STEPS : FEW_STEPS, form.unit()));
+    // A group of inputs may be as long as the weight is wide.
+    const int64_t room = MANY_PANELS * MANY_STEPS * STEP_BYTES / (span * STEP_BYTES);
+    const int64_t together = many ? std::max<int64_t>(1, std::min({MANY_PANELS, even, room})) : 1;
+    const int64_t tasks = many ? (most_panels + together - 1) / together : FEW_ROWS_TASKS;
+
+    product.over_panels(blocks, tasks, [&](int w, int64_t p, int64_t end, int64_t block) {
+        const int64_t first = bands * block / blocks, last = bands * (block + 1) / blocks;
+        auto turned = static_cast<uint8_t *>(quire::scratch(3, together * span * STEP_BYTES));
+        auto sums = static_cast<float *>(quire::scratch(2, together * most_bands * BAND * PANEL * 4));
+        std::vector<const uint8_t *> b(static_cast<size_t>(together));
+        const auto rows = [&](int64_t band) { return int(std::min<int64_t>(BAND, product.rows - band * BAND)); };
+        const auto place = [&](int64_t band, int64_t g) { return sums + ((band - first) * together + g) * BAND * PANEL; };
+        const int64_t lines = (form.raw_step() / 64 + last - first - 1) / (last - first);
+        Tiles tiles;
+        for (; p < end; p += together) {
+            const int64_t width = std::min(together, end - p);
+            for (int64_t step = 0; step < steps; step += span) {
+                const int64_t count = std::min(span, steps - step);
+                for (int64_t g = 0; g < width; g++) b[size_t(g)] = form.tiles(w, p + g, step, count, turned + g * span * STEP_BYTES);
+                for (int64_t band = first; band < last; band++)
+                    for (int64_t g = 0; g < width; g++) {
+                        const uint8_t *next = step + count < steps ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
+                        const Ahead ahead = {next + (band - first) * count * lines * 64, lines, !many};
+                        form.add(tiles, w, p + g, band, rows(band), step, count, b[size_t(g)], place(band, g), ahead);
+                    }
+            }
+            for (int64_t band = first; band < last; band++)
+                for (int64_t g = 0; g < width; g++) form.finish(w, p + g, band * BAND, rows(band), place(band, g));
+        }
+    });
+}
+
+decltype(quire::Kernels::linears) others;  // the next instruction set's
+
+int linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
+            const void *const *biases, void *const *ys, const int64_t *y_strides) {
+    const quire_weight &first = *weights[0];
+    bool alike = type == QUIRE_F32 || type == QUIRE_BF16 || type == QUIRE_F16;
+    for (int w = 1; w < count; w++)
+        alike &= weights[w]->form == first.form && weights[w]->type == first.type && weights[w]->inputs == first.inputs &&
+                 weights[w]->group_size == first.group_size;
+    if (alike && rows > 0 && first.inputs > 0) {
+        const Product product{count, weights, type, rows, static_cast<const uint8_t *>(x), x_stride, biases, ys, y_strides};
+        if (first.form == QUIRE_INT8) return run<Int8>(product), 0;
+        if (first.form == QUIRE_INT4) return run<Int4>(product), 0;
+        if (type == QUIRE_BF16 && first.type == QUIRE_BF16) return run<Dense<Bf16>>(product), 0;
+        if (type == QUIRE_BF16 && first.type == QUIRE_E4M3) return run<Dense<E4m3>>(product), 0;
+    }
+    return others(count, weights, type, rows, x, x_stride, biases, ys, y_strides);
+}
+
+}  // namespace
+
+void add_linear(quire::Kernels &kernels) {
+    others = kernels.linears;
+    kernels.linears = linears;
+}
+
+}  // namespace QUIRE_ISA
