@@ -15,7 +15,7 @@ import click
 
 from quire import __version__
 from quire.cli.command import suggestion
-from quire.errors import ConfigError, DoesNotFit, InvalidRequest, ModelError, QuireError, Unavailable, did_you_mean
+from quire.errors import ConfigError, DataError, DoesNotFit, InvalidRequest, ModelError, QuireError, Unavailable, did_you_mean
 
 COMMANDS: dict[str, str] = {
     "serve": "Serve a model through the OpenAI API.",
@@ -54,6 +54,7 @@ EXIT_CODES: tuple[tuple[type[QuireError], int, str], ...] = (
     (ConfigError, 3, "an option has a wrong value"),
     (ModelError, 5, "the model's folder is missing, damaged or of an unknown family"),
     (InvalidRequest, 6, "the prompt or a sampling value is wrong"),
+    (DataError, 8, "a training file has bad lines"),
     (Unavailable, 7, "the server cannot be reached, or its engine has died"),
 )
 

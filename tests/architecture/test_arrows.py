@@ -39,6 +39,10 @@ ALLOWED: dict[str, set[str]] = {
         "assemble", "batch", "config", "errors", "log", "metrics", "models", "models.config", "models.registry", "plan",
         "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
     },
+    "train": {
+        "assemble", "batch", "config", "errors", "layers", "log", "lora", "models", "models.config", "ops", "plan", "text",
+        "weights",
+    },
     "service": {"config", "engine", "errors", "log", "lora", "metrics", "plan", "presets", "request", "text", "train"},
     "server": {"config", "errors", "log", "metrics", "presets", "request", "service", "envs"},
     "embedded": NOTHING,
