@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent / "csrc"
-KERNELS = ("linear", "rows", "attention", "lora")
+KERNELS = ("linear", "rows", "attention", "lora", "transposed")
 PLAIN = ("dispatch", "check", "pool")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 about its own headers

@@ -19,7 +19,11 @@ struct Isas {
     std::string note;
 };
 
-#define ADD(isa) add(#isa, [](quire::Kernels &k) { isa::add_linear(k), isa::add_rows(k), isa::add_attention(k), isa::add_lora(k); })
+#define ADD(isa)                                                            \
+    add(#isa, [](quire::Kernels &k) {                                       \
+        isa::add_linear(k), isa::add_rows(k), isa::add_attention(k);        \
+        isa::add_lora(k), isa::add_transposed(k);                           \
+    })
 
 #if defined(__x86_64__)
 // In front of AVX-512, whose kernels do all but the products with packed weights.
@@ -199,5 +203,10 @@ int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, c
                         const void *dy, int64_t dy_stride, const int32_t *slots, void *dx, float *const *das,
                         float *const *dbs) {
     return kernels().lora_backward(table, type, rows, x, x_stride, dy, dy_stride, slots, dx, das, dbs);
+}
+
+int quire_linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
+                           const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride) {
+    return kernels().linears_backward(count, weights, dy_type, type, rows, dys, dy_strides, dx, dx_stride);
 }
 }

@@ -20,6 +20,7 @@ struct Kernels {
     decltype(&quire_attend) attend;
     decltype(&quire_loras) loras;
     decltype(&quire_lora_backward) lora_backward;
+    decltype(&quire_linears_backward) linears_backward;
 };
 
 }  // namespace quire
@@ -30,6 +31,7 @@ struct Kernels {
     void add_rows(quire::Kernels &kernels);      \
     void add_attention(quire::Kernels &kernels); \
     void add_lora(quire::Kernels &kernels);      \
+    void add_transposed(quire::Kernels &kernels); \
     }
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)

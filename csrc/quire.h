@@ -169,6 +169,13 @@ int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, c
                         const void *dy, int64_t dy_stride, const int32_t *slots, void *dx, float *const *das,
                         float *const *dbs);
 
+/* ---- transposed.cpp: gradients of products with packed weights --------------------------------------------------- */
+
+/* dx[r] = the sum over `count` weights of dys[w][r] w, of all forms and types but of the same inputs. dy_type and type: F32,
+ * BF16 or F16. Strides in elements. */
+int quire_linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
+                           const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,205 @@
+// Products with a packed weight the other way round, dx = dy W: the gradient of what linear.cpp computes, from the very panels
+// that it reads, so that training needs no second copy of a weight.
+//
+// For 32 inputs at a time a block of outputs is decoded to float32 and turned, [output][32 inputs], in memory of the thread;
+// tiles of rows pass over it as they pass over a panel in linear.cpp. Each sum is one chain over the outputs in ascending
+// order, over one weight after the other; between blocks it is stored whole. Rows are taken in chunks, so that what is put
+// aside stays small. A quantized weight counts as the numbers that it stands for, and rows as they are: rounding them, as the
+// forward product does, has no gradient.
+#include "functions.h"
+#include "kernels.h"
+#include "product.h"
+
+#include <vector>
+
+namespace QUIRE_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12;  // rows of a tile: what the registers hold
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int MOST_ROWS = 3;
+#else
+constexpr int MOST_ROWS = 1;
+#endif
+constexpr int64_t CHUNK_ROWS = 384;     // rows that share the turning of a block
+constexpr int64_t BLOCK_OUTPUTS = 512;  // of a block: 64 KiB, and as much of dy for 384 rows as a second-level cache holds
+
+// ---- one input's 32 weights of a panel ---------------------------------------------------------------------------------
+
+// bfloat16 and E4M3: outputs j and j + 16 lie side by side.
+template <int form, int type>
+INLINE void read_input(const quire_weight &weight, const uint8_t *panel, int64_t p, int64_t i, Floats *w) {
+    if constexpr (form == QUIRE_INT8 || form == QUIRE_INT4) {
+        constexpr int EACH = form == QUIRE_INT8 ? 4 : 8;
+        const uint8_t *from = panel + i / EACH * PANEL * 4;
+        const int shift = int(i % 4 * 8 + i % EACH / 4 * 4);
+        const int64_t at = form == QUIRE_INT4 ? i / weight.group_size * up(weight.outputs, PANEL) + p * PANEL : 0;
+        for (int v = 0; v < PARTS; v++) {
+            const Words word = load<Words>(from + v * LANES * 4) >> shift;
+            if (form == QUIRE_INT8) {
+                w[v] = to_float(bits<Ints>(word & 0xffu) - 128);
+            } else {
+                const Ints zeros = bits<Ints>(widen(load<Bytes>(weight.zeros + at + v * LANES)));
+                w[v] = to_float(bits<Ints>(word & 15u) - zeros) * load<Floats>(weight.scales + at + v * LANES);
+            }
+        }
+    } else if constexpr (type == QUIRE_F32) {
+        for (int v = 0; v < PARTS; v++) w[v] = load<Floats>(panel + (i * PANEL + v * LANES) * 4);
+    } else if constexpr (type == QUIRE_F16) {
+        for (int v = 0; v < PARTS; v++) w[v] = floats_of_f16(load<Halves>(panel + (i * PANEL + v * LANES) * 2));
+    } else {
+        for (int v = 0; v < PARTS / 2; v++) {
+            if (type == QUIRE_BF16) {
+                const Words pair = load<Words>(panel + i * PANEL * 2 + v * LANES * 4);
+                w[v] = bits<Floats>(pair << 16), w[v + PARTS / 2] = bits<Floats>(pair & 0xffff0000u);
+            } else {
+                const Words pair = widen(load<Halves>(panel + i * PANEL + v * LANES * 2));
+                w[v] = floats_of_e4m3(pair & 0xffu), w[v + PARTS / 2] = floats_of_e4m3(pair >> 8);
+            }
+        }
+    }
+}
+
+// Panels [p, end) of a weight, inputs [first, first + 32), into out [output][32]; zeros past the last input.
+template <int form, int type>
+void turn(const quire_weight &weight, int64_t panel_bytes, int64_t p, int64_t end, int64_t first, float *out) {
+    for (; p < end; p++, out += PANEL * PANEL) {
+        const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
+        for (int i = 0; i < PANEL; i += LANES) {
+            Words words[PARTS][LANES];
+            for (int j = 0; j < LANES; j++) {
+                Floats w[PARTS] = {};
+                if (first + i + j < weight.inputs) read_input<form, type>(weight, panel, p, first + i + j, w);
+                for (int v = 0; v < PARTS; v++) words[v][j] = bits<Words>(w[v]);
+            }
+            for (int v = 0; v < PARTS; v++) {
+                transpose(words[v]);
+                for (int j = 0; j < LANES; j++) store(out + (v * LANES + j) * PANEL + i, words[v][j]);
+            }
+        }
+    }
+}
+
+using Turn = void (*)(const quire_weight &, int64_t, int64_t, int64_t, int64_t, float *);
+
+Turn turn_for(const quire_weight &weight) {
+    if (weight.form == QUIRE_INT8) return turn<QUIRE_INT8, QUIRE_I8>;
+    if (weight.form == QUIRE_INT4) return turn<QUIRE_INT4, QUIRE_I8>;
+    switch (weight.type) {
+    case QUIRE_F32: return turn<QUIRE_DENSE, QUIRE_F32>;
+    case QUIRE_BF16: return turn<QUIRE_DENSE, QUIRE_BF16>;
+    case QUIRE_F16: return turn<QUIRE_DENSE, QUIRE_F16>;
+    case QUIRE_E4M3: return turn<QUIRE_DENSE, QUIRE_E4M3>;
+    }
+    return nullptr;
+}
+
+// ---- the tile ------------------------------------------------------------------------------------------------------------
+
+// acc [ROWS][32] += x [count][ROWS] times w [count][32].
+template <int ROWS> void tile(int64_t count, const float *x, const float *w, float *acc) {
+    Floats sums[ROWS][PARTS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PARTS; v++) sums[r][v] = load<Floats>(acc + r * PANEL + v * LANES);
+    for (int64_t o = 0; o < count; o++) {
+        Floats values[PARTS];
+        for (int v = 0; v < PARTS; v++) values[v] = load<Floats>(w + o * PANEL + v * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            const Floats one = all(x[o * ROWS + r]);
+            for (int v = 0; v < PARTS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < PARTS; v++) store(acc + r * PANEL + v * LANES, sums[r][v]);
+}
+
+using Tile = void (*)(int64_t, const float *, const float *, float *);
+
+Tile tile_for(int rows) {
+    static_assert(MOST_ROWS <= 12);
+#define ONE(n)                    \
+    if constexpr (n <= MOST_ROWS) \
+        if (rows == n) return tile<n>;
+    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
+#undef ONE
+    return nullptr;
+}
+
+// ---- the call ------------------------------------------------------------------------------------------------------------
+
+// Some rows of dy and dx, in tiles of nearly equal size.
+struct Chunk {
+    int64_t first, rows, tiles;
+    Chunk(int64_t first, int64_t rows) : first(first), rows(rows), tiles((rows + MOST_ROWS - 1) / MOST_ROWS) {}
+    int64_t start(int64_t t) const { return rows * t / tiles; }
+    int count(int64_t t) const { return int(start(t + 1) - start(t)); }
+};
+
+// Outputs [begin, end) of the chunk's rows of dy, times the outputs' scales, into x: tiles of [end - begin][rows].
+void prepare(const Chunk &chunk, const quire_weight &weight, int type, const void *dy, int64_t stride, int64_t begin,
+             int64_t end, float *x) {
+    const int64_t count = end - begin;
+    const float *scales = weight.form == QUIRE_INT4 ? nullptr : weight.scales;
+    quire::parallel(chunk.tiles, [&](int64_t t) {
+        const int rows = chunk.count(t);
+        float *to = x + chunk.start(t) * count;
+        float line[BLOCK_OUTPUTS];
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = (chunk.first + chunk.start(t) + r) * stride + begin;
+            row_to_floats(type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), count, line);
+            if (scales)
+                for (int64_t o = 0; o < count; o++) line[o] *= scales[begin + o];
+            for (int64_t o = 0; o < count; o++) to[o * rows + r] = line[o];
+        }
+    });
+}
+
+int linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
+                     const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride) {
+    const int64_t inputs = weights[0]->inputs, panels = up(inputs, PANEL) / PANEL;
+    std::vector<Turn> turns;
+    for (int w = 0; w < count; w++) {
+        turns.push_back(turn_for(*weights[w]));
+        if (!turns.back() || weights[w]->inputs != inputs) return -1;
+    }
+    for (int one : {dy_type, type})
+        if (one != QUIRE_F32 && one != QUIRE_BF16 && one != QUIRE_F16) return -1;
+    const int64_t most = std::min(rows, CHUNK_ROWS);
+    auto sums = static_cast<float *>(quire::scratch(0, most * panels * PANEL * 4));  // [input panel][row][32]
+    auto x = static_cast<float *>(quire::scratch(1, most * BLOCK_OUTPUTS * 4));
+    for (int64_t first = 0; first < rows; first += CHUNK_ROWS) {
+        const Chunk chunk(first, std::min(CHUNK_ROWS, rows - first));
+        bool begun = false;
+        for (int w = 0; w < count; w++) {
+            const quire_weight &weight = *weights[w];
+            const int64_t panel_bytes = quire_packed_bytes(weight.form, weight.type, PANEL, inputs);
+            for (int64_t begin = 0; begin < weight.outputs; begin += BLOCK_OUTPUTS, begun = true) {
+                const int64_t end = std::min(weight.outputs, begin + BLOCK_OUTPUTS);
+                prepare(chunk, weight, dy_type, dys[w], dy_strides[w], begin, end, x);
+                quire::parallel(panels, [&](int64_t p) {
+                    auto turned = static_cast<float *>(quire::scratch(2, BLOCK_OUTPUTS * PANEL * 4));
+                    float *acc = sums + p * chunk.rows * PANEL;
+                    if (!begun) std::fill(acc, acc + chunk.rows * PANEL, 0.0f);
+                    turns[size_t(w)](weight, panel_bytes, begin / PANEL, up(end, PANEL) / PANEL, p * PANEL, turned);
+                    for (int64_t t = 0; t < chunk.tiles; t++)
+                        tile_for(chunk.count(t))(end - begin, x + chunk.start(t) * (end - begin), turned,
+                                                 acc + chunk.start(t) * PANEL);
+                });
+            }
+        }
+        quire::parallel(chunk.tiles, [&](int64_t t) {
+            for (int64_t r = chunk.start(t); r < chunk.start(t + 1); r++)
+                for (int64_t p = 0; p < panels; p++)
+                    floats_to_row(type, sums + (p * chunk.rows + r) * PANEL, std::min<int64_t>(PANEL, inputs - p * PANEL),
+                                  static_cast<uint8_t *>(dx) + ((first + r) * dx_stride + p * PANEL) * bytes_of(type));
+        });
+    }
+    return 0;
+}
+
+}  // namespace
+
+void add_transposed(quire::Kernels &kernels) { kernels.linears_backward = linears_backward; }
+
+}  // namespace QUIRE_ISA
