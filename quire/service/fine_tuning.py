@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from quire.errors import ConfigError, InvalidRequest, NotFound
+from quire.errors import ConfigError, InvalidRequest
 from quire.log import logger
 from quire.service.blobs import Blobs
 from quire.service.files import Files
