@@ -10,16 +10,23 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from quire.errors import ConfigError
 
 Rows = list[list[int]]
+# What becomes one text of a conversation's messages.
+Rendered = Callable[[list[dict[str, Any]]], str]
 # Every so many rows one is held out.
 HELD_OUT_EVERY = 5
 
 
-def texts_of(path: Path | None) -> Iterator[str]:
-    """Texts of a .jsonl file (field "text", or the contents of "messages"), of a .txt file, or built in. Raises ConfigError."""
+def _contents(messages: list[dict[str, Any]]) -> str:
+    return "\n".join(message["content"] for message in messages)
+
+
+def texts_of(path: Path | None, rendered: Rendered = _contents) -> Iterator[str]:
+    """Texts of a .jsonl file (field "text", or "messages" as `rendered`), of a .txt file, or built in. Raises ConfigError."""
     if path is None:
         return built_in()
     if path.suffix not in (".jsonl", ".txt"):
@@ -28,16 +35,16 @@ def texts_of(path: Path | None) -> Iterator[str]:
         whole = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data {str(path)!r} cannot be read: {error}.") from None
-    return iter([whole]) if path.suffix == ".txt" else _json_texts(path, whole)
+    return iter([whole]) if path.suffix == ".txt" else _json_texts(path, whole, rendered)
 
 
-def _json_texts(path: Path, whole: str) -> Iterator[str]:
+def _json_texts(path: Path, whole: str, rendered: Rendered) -> Iterator[str]:
     for number, line in enumerate(whole.splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            text = entry["text"] if "text" in entry else "\n".join(message["content"] for message in entry["messages"])
+            text = entry["text"] if "text" in entry else rendered(entry["messages"])
         except (json.JSONDecodeError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):

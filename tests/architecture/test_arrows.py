@@ -34,14 +34,19 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
     "plan": {"config", "envs", "errors", "models.config", "presets", "quant"},  # of quant, what knows no torch
     "lora": {"batch", "errors", "layers", "log", "models", "models.config", "ops", "weights"},
+    "merging": {
+        "assemble", "envs", "errors", "log", "lora", "models", "models.config", "models.registry", "plan", "quant", "text",
+        "weights",
+    },
+    "datasets": {"errors"},
     "assemble": {"models", "models.config", "models.registry", "quant", "weights"},
     "engine": {
-        "assemble", "batch", "config", "errors", "log", "metrics", "models", "models.config", "models.registry", "plan",
-        "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
+        "assemble", "batch", "config", "errors", "log", "lora", "metrics", "models", "models.config", "models.registry",
+        "plan", "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
     },
     "train": {
-        "assemble", "batch", "config", "errors", "layers", "log", "lora", "models", "models.config", "ops", "plan", "text",
-        "weights",
+        "assemble", "batch", "config", "envs", "errors", "layers", "log", "lora", "models", "models.config", "models.registry",
+        "ops", "plan", "quant", "text", "weights",
     },
     "service": {"config", "engine", "errors", "log", "lora", "metrics", "plan", "presets", "request", "text", "train"},
     "server": {"config", "errors", "log", "metrics", "presets", "request", "service", "envs"},
