@@ -26,7 +26,7 @@ constexpr int MOST_ROWS = 1;
 #endif
 constexpr int64_t BLOCK_INPUTS = 1024;  // inputs between two store-aways: a decoded block takes half of a small L2
 constexpr int64_t BLOCK_TILES = 8;      // tiles that pass over a block of a panel one after the other
-constexpr int AHEAD = 1024;             // bytes between a read and its prefetch
+constexpr int AHEAD = 2048;             // bytes between a read and its prefetch
 
 // ---- decoding: one input's 32 weights as floats -------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ void tile_call(int64_t inputs, const float *x, const uint8_t *w, int64_t panel_b
 }
 
 // Few rows leave registers free: more panels at a time hide the latency of the chains.
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int panels_for(int rows) { return rows <= 3 ? 2 : 1; }
 
 template <class Weights> Tile tile_for(int rows, int panels) {
     static_assert(MOST_ROWS <= 12);
@@ -181,7 +181,7 @@ template <class Weights> void dense(const Product &product) {
                     for (int i = 0; i < width; i++) product.finish(w, r, p + i, acc + (r * width + i) * PANEL);
                 p += width;
             }
-        });
+        }, together);
         return;
     }
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -13,8 +14,10 @@
 namespace quire {
 namespace {
 
-// A worker that has nothing to do looks this often before it sleeps: the next kernel of a step comes within microseconds.
-constexpr int LOOKS = 2000;
+// A worker that has nothing to do looks for so long before it sleeps: the next kernel of a step comes within microseconds, and
+// waking takes about as long as a small kernel.
+constexpr auto PATIENCE = std::chrono::microseconds(200);
+constexpr int LOOKS = 64;  // between two looks at the clock
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -26,8 +29,8 @@ inline void pause() {
 
 class Pool {
 public:
-    explicit Pool(int count) {
-        for (int i = 1; i < count; i++) workers_.emplace_back([this] { work(); });
+    explicit Pool(int count) : shares_(new Share[count]), count_(count) {
+        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
     }
 
     ~Pool() {
@@ -40,11 +43,14 @@ public:
         for (auto &worker : workers_) worker.join();
     }
 
-    int size() const { return int(workers_.size()) + 1; }
+    int size() const { return count_; }
 
     void run(int64_t tasks, void (*body)(void *, int64_t), void *context) {
-        tasks_ = tasks, body_ = body, context_ = context;
-        next_.store(0, std::memory_order_relaxed);
+        body_ = body, context_ = context;
+        for (int t = 0; t < size(); t++) {
+            shares_[t].end = tasks * (t + 1) / size();
+            shares_[t].next.store(tasks * t / size(), std::memory_order_relaxed);
+        }
         busy_.store(int(workers_.size()), std::memory_order_relaxed);
         {
             // Under the lock, so that no worker misses it between its last look and its sleep.
@@ -52,22 +58,30 @@ public:
             round_.fetch_add(1, std::memory_order_release);
         }
         if (sleepers_.load() > 0) wake_.notify_all();
-        take();
+        take(0);
         for (int look = 0; busy_.load(std::memory_order_acquire) > 0; look++)
-            if (look < LOOKS)
+            if (look < 32 * LOOKS)
                 pause();
             else
                 std::this_thread::yield();
     }
 
 private:
-    void take() {
-        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task);
+    // Consecutive tasks of one share: tasks that lie side by side read memory side by side. What is left of the others' after that.
+    void take(int me) {
+        for (int k = 0; k < size(); k++) {
+            Share &share = shares_[(me + k) % size()];
+            for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body_(context_, task);
+        }
     }
 
-    void work() {
+    bool nothing_since(uint64_t seen) const { return round_.load(std::memory_order_acquire) == seen; }
+
+    void work(int me) {
         for (uint64_t seen = 0;;) {
-            for (int look = 0; look < LOOKS && round_.load(std::memory_order_acquire) == seen; look++) pause();
+            const auto give_up = std::chrono::steady_clock::now() + PATIENCE;
+            while (nothing_since(seen) && std::chrono::steady_clock::now() < give_up)
+                for (int look = 0; look < LOOKS && nothing_since(seen); look++) pause();
             if (round_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 sleepers_.fetch_add(1);
@@ -76,19 +90,24 @@ private:
             }
             seen++;
             if (ending_) return;
-            take();
+            take(me);
             busy_.fetch_sub(1, std::memory_order_release);
         }
     }
 
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
+    std::unique_ptr<Share[]> shares_;
+    const int count_;
     std::vector<std::thread> workers_;
     std::atomic<uint64_t> round_{0};
-    std::atomic<int64_t> next_{0};
     std::atomic<int> busy_{0}, sleepers_{0};
     std::mutex sleep_;
     std::condition_variable wake_;
     bool ending_ = false;
-    int64_t tasks_ = 0;
     void (*body_)(void *, int64_t) = nullptr;
     void *context_ = nullptr;
 };

@@ -79,16 +79,17 @@ struct Product {
         floats_to_row(type, sums, count, static_cast<uint8_t *>(ys[w]) + (r * y_strides[w] + start) * bytes_of(type));
     }
     // Runs body(weight, first panel, end, block) in parallel over all panels of all weights, and over `blocks` blocks of
-    // rows; at most `most` tasks of consecutive panels for each weight and block.
-    template <class Body> void over_panels(int64_t blocks, int64_t most, const Body &body) const {
+    // rows; at most `most` tasks of consecutive panels for each weight and block, of whole groups of `together` panels.
+    template <class Body> void over_panels(int64_t blocks, int64_t most, const Body &body, int64_t together = 1) const {
+        const auto groups = [&](int w) { return (panels(w) + together - 1) / together; };
         int64_t tasks = 0;
-        for (int w = 0; w < count; w++) tasks += std::min(panels(w), most);
+        for (int w = 0; w < count; w++) tasks += std::min(groups(w), most);
         quire::parallel(tasks * blocks, [&](int64_t number) {
             int64_t task = number % tasks;
             int w = 0;
-            for (; task >= std::min(panels(w), most); w++) task -= std::min(panels(w), most);
-            const int64_t parts = std::min(panels(w), most);
-            body(w, panels(w) * task / parts, panels(w) * (task + 1) / parts, number / tasks);
+            for (; task >= std::min(groups(w), most); w++) task -= std::min(groups(w), most);
+            const int64_t parts = std::min(groups(w), most), first = groups(w) * task / parts * together;
+            body(w, first, std::min(panels(w), groups(w) * (task + 1) / parts * together), number / tasks);
         });
     }
     int64_t panels(int w) const { return up(weights[w]->outputs, PANEL) / PANEL; }
