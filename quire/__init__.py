@@ -26,6 +26,8 @@ _HOMES = {
     "RequestOutput": "quire.request",
     "CompletionOutput": "quire.request",
     "Logprob": "quire.request",
+    "LoRARequest": "quire.lora.request",
+    "train": "quire.train.door",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

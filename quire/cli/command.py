@@ -53,6 +53,24 @@ SYNONYMS: dict[str, str] = {
     "--system-prompt": "--system",
     "--base-url": "--url",
     "--model-path": "--model",
+    # trainers
+    "--lr": "--learning-rate",
+    "--epochs": "--num-train-epochs",
+    "--n-epochs": "--num-train-epochs",
+    "--batch-size": "--per-device-train-batch-size",
+    "--rank": "--r",
+    "--lora-r": "--r",
+    "--lora-rank": "--r",
+    "--alpha": "--lora-alpha",
+    "--lora-target-modules": "--target-modules",
+    "--max-seq-length": "--max-length",
+    "--cutoff-len": "--max-length",
+    "--dataset": "--data",
+    "--train-file": "--data",
+    "--training-file": "--data",
+    "--validation-file": "--validation",
+    "--output-dir": "--output",
+    "--resume-from-checkpoint": "--resume",
 }
 # vLLM's options for what Quire does not do (yet). Saying so is kinder than guessing a neighbour.
 _VLLM_ONLY = """

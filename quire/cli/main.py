@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "chat": "Talk with a model: here, or with a server by its URL.",
     "models": "List model families and the models on this machine.",
     "presets": "Show scenario presets and where each value in force comes from.",
+    "train": "Train a LoRA adapter on your examples.",
     "quantize": "Write a quantized copy of a model.",
     "plan": "Say what a model needs and whether it fits, before loading it.",
     "bench": "Measure an engine or a running server.",
@@ -45,6 +46,11 @@ OTHER_NAMES = {
     "config": "presets",
     "fit": "plan",
     "benchmark": "bench",
+    "finetune": "train",
+    "fine-tune": "train",
+    "sft": "train",
+    "dpo": "train",
+    "lora": "train",
 }
 
 USAGE, INTERRUPTED, INTERNAL = 2, 130, 1

@@ -37,7 +37,7 @@ class Share:
     slot: int
     weigh: Callable[[Tensor], Tensor] | None = None
     trained: dict[Place, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    dropped: Callable[[int], AbstractContextManager[None]] | None = None
+    dropped: Callable[[], AbstractContextManager[None]] | None = None
     losses: Tensor | None = None
     right: Tensor | None = None
 
@@ -157,7 +157,7 @@ class _Tape:
         dropping = [share for share in self.shares if share.dropped is not None]
         with ExitStack() as stack:
             for share in dropping:
-                stack.enter_context(share.dropped(index))
+                stack.enter_context(share.dropped())
             return self.layers[index](x)
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from quire.lora.slots import Slots
 from quire.models.decoder import CausalLM
 from quire.train import checkpoint, objective
 from quire.train.config import TrainingConfig
-from quire.train.dropout import dropped
 from quire.train.examples import Example
 from quire.train.fingerprint import differences, fingerprint
 from quire.train.flat import FlatParameters
@@ -234,15 +233,17 @@ class TrainingRun:
         else:
             share.weigh = lambda losses: objective.supervised(losses, weights, total)[1]
         if self.config.lora_dropout:
-            share.dropped = self._dropping(count)
+            share.dropped = lambda: self._dropping(count)
         return share
 
-    def _dropping(self, count: int) -> Callable[[int], AbstractContextManager[Any]]:
-        modules: dict[Place, list[tuple[str, Any]]] = {}
-        for name, place in places(self.model, list(self.flat.adapter.parts)).items():
-            modules.setdefault(place, []).append((name, self.model.get_submodule(name)))
-        key = (self.config.seed, self.step, count)
-        return lambda layer: dropped(modules.get(layer, []), self.slot, self.config.lora_dropout, key)
+    @contextmanager
+    def _dropping(self, micro: int) -> Iterator[None]:
+        """Within, what goes into this run's A matrices is thinned out."""
+        self.slots.drop(self.slot, f"{self.config.seed}|{self.step}|{micro}")
+        try:
+            yield
+        finally:
+            self.slots.drop(self.slot, None)
 
     def _judged(self, share: Share, kind: str, numbers: Sequence[int], total: float) -> tuple[float, int]:
         """(loss, right ones) of a computed share."""
