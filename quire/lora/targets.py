@@ -6,12 +6,14 @@ Quire's module names are the Hugging Face paths, so PEFT's names and patterns me
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from quire.errors import AdapterError, did_you_mean
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.moe import MixtureOfExperts
+from quire.lora import experts
 from quire.lora.config import ALL_LINEAR, LoraConfig
 from quire.models.decoder import CausalLM
 
@@ -21,24 +23,119 @@ def target_modules(config: LoraConfig, model: CausalLM) -> list[str]:
 
     Raises AdapterError where an entry names nothing, with a near name, or something that cannot have an adapter.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))]
+    names = adaptable(model)
     wanted = config.target_modules
-    if wanted is None or wanted == ALL_LINEAR:
+    if wanted == ALL_LINEAR or (wanted is None and not config.target_parameters):
         never = {"lm_head", *_routers(model)}
         linears = [name for name in names if isinstance(model.get_submodule(name), Linear) and name not in never]
         found = [name for name in linears if _in_layers(config, name)]
     elif isinstance(wanted, str):
         found = [name for name in names if re.fullmatch(wanted, name)]
     else:
-        _check_entries(wanted, names, model)
-        found = [name for name in names if ends_with(name, wanted) and _in_layers(config, name)]
+        _check_entries(wanted or (), names, model, "target_modules")
+        found = [name for name in names if ends_with(name, wanted or ()) and _in_layers(config, name)]
     found = [name for name in found if not excluded(config, name)]
-    if not found and wanted != ():
+    if not found and wanted:
         raise AdapterError(
             f"target_modules is {wanted!r}, which matches no linear layer of this model; there are {_leaves(names)}.",
             parameter="target_modules",
         )
+    parameters = _parameters(config, model, names)
+    return found + [name for name in parameters if name not in found]
+
+
+def adaptable(model: CausalLM) -> list[str]:
+    """Paths of all linears and embeddings."""
+    return [name for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))]
+
+
+def _parameters(config: LoraConfig, model: CausalLM, names: Sequence[str]) -> list[str]:
+    """The linears that `target_parameters` means: those of a layer's experts, and `<module>.weight`."""
+    if not config.target_parameters:
+        return []
+    found = experts.targets(config, model)
+    weights = [f"{name}.weight" for name in names]
+    found += [name.removesuffix(".weight") for name in weights if ends_with(name, config.target_parameters)]
+    if not found:
+        raise AdapterError(
+            f"target_parameters is {list(config.target_parameters)}, which matches no parameter that can have an adapter.",
+            parameter="target_parameters",
+        )
     return found
+
+
+def named_one_by_one(config: LoraConfig, model: CausalLM) -> LoraConfig:
+    """The configuration with the shortest list in place of "all-linear" that means the same modules."""
+    if config.target_modules not in (None, ALL_LINEAR):
+        return config
+    found = target_modules(config, model)
+    for parts in (1, 2, 3):
+        entries = tuple(sorted({".".join(name.split(".")[-parts:]) for name in found}))
+        shorter = replace(config, target_modules=entries)
+        if target_modules(shorter, model) == found:
+            return shorter
+    return replace(config, target_modules=tuple(found), layers_to_transform=None, layers_pattern=None, exclude_modules=None)
+
+
+def saved_modules(config: LoraConfig, model: CausalLM) -> list[str]:
+    """The linears and embeddings that `modules_to_save` replaces whole. Raises AdapterError for other kinds, unknown names."""
+    found: dict[str, None] = {}
+    paths = dict(model.named_modules())
+    for entry in config.modules_to_save or ():
+        roots = [path for path in paths if path and path.endswith(entry)]
+        if not roots:
+            near = did_you_mean(entry, {path.rpartition(".")[2] for path in paths})
+            raise AdapterError(f"modules_to_save has {entry!r}, which is not in this model.{near}", parameter="modules_to_save")
+        for path, module in paths.items():
+            if not any(path == root or path.startswith(f"{root}.") for root in roots):
+                continue
+            if isinstance(module, (Linear, Embedding)):
+                found[path] = None
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise AdapterError(
+                    f"modules_to_save has {entry!r}: {path} is a {type(module).__name__}; only linear layers and "
+                    "embeddings are kept for each adapter.",
+                    parameter="modules_to_save",
+                )
+    return list(found)
+
+
+def token_modules(config: LoraConfig, model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """The token ids of `trainable_token_indices` by module; a head that is tied to the table has them too."""
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return {}
+    table = next(name for name, module in model.named_modules() if module is model.table)
+    found: dict[str, tuple[int, ...]] = {}
+    for entry, ids in (wanted.items() if isinstance(wanted, Mapping) else [(table, wanted)]):
+        names = [name for name in (table, "lm_head") if ends_with(name, [entry])]
+        size = model.config.vocab_size
+        wrong = [token for token in ids if token >= size]
+        if not names or wrong or len(set(ids)) < len(ids):
+            problem = f"{wrong[0]} is not below the vocabulary's {size}" if wrong else "an id is there twice"
+            problem = problem if names else f"{entry!r} is neither {table!r} nor 'lm_head'"
+            raise AdapterError(f"trainable_token_indices: {problem}.", parameter="trainable_token_indices")
+        found[names[0]] = tuple(ids)
+    if model.config.tie_word_embeddings and table in found:
+        found.setdefault("lm_head", found[table])
+    return found
+
+
+def biased_modules(config: LoraConfig, model: CausalLM, targets: Iterable[str]) -> list[str]:
+    """The linears whose bias the adapter has its own of."""
+    if config.bias == "none":
+        return []
+    names = set(targets) if config.bias == "lora_only" else set()
+    for name, module in model.named_modules() if config.bias == "all" else ():
+        if getattr(module, "bias", None) is not None and not isinstance(module, Linear):
+            raise AdapterError(
+                f"bias is 'all', which includes that of {name}, a {type(module).__name__}; only linear layers' biases are "
+                "kept for each adapter. Use bias='lora_only'.",
+                parameter="bias",
+            )
+        names.add(name)
+    modules = ((name, module) for name, module in model.named_modules() if name in names and isinstance(module, Linear))
+    return [name for name, module in modules if module.bias is not None]
 
 
 def ends_with(name: str, entries: Iterable[str]) -> bool:
@@ -72,7 +169,7 @@ def _routers(model: CausalLM) -> set[str]:
     return {f"{name}.gate" for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
 
 
-def _check_entries(entries: Sequence[str], names: Sequence[str], model: CausalLM) -> None:
+def _check_entries(entries: Sequence[str], names: Sequence[str], model: CausalLM, field: str) -> None:
     for entry in entries:
         if any(ends_with(name, [entry]) for name in names):
             continue
@@ -80,8 +177,8 @@ def _check_entries(entries: Sequence[str], names: Sequence[str], model: CausalLM
         reason = "is not a linear layer or embedding" if other else "is not in this model"
         leaves = _leaves(names)
         raise AdapterError(
-            f"target_modules has {entry!r}, which {reason}.{did_you_mean(entry, leaves.split(', '))} There are {leaves}.",
-            parameter="target_modules",
+            f"{field} has {entry!r}, which {reason}.{did_you_mean(entry, leaves.split(', '))} There are {leaves}.",
+            parameter=field,
         )
 
 
