@@ -18,6 +18,8 @@ QUANTIZATIONS = ("int8", "int4", "fp8", "awq", "gptq", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 AUTO = "auto"
 MAX_BLOCK_SIZE = 256
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LORA_DTYPES = (AUTO, "float32")
 
 # vLLM's switches for what is a fact here: (the sense in which each is accepted, None for both; the fact).
 ALWAYS: dict[str, tuple[bool | None, str]] = {
@@ -87,6 +89,16 @@ class EngineConfig:
     """Ranks that take consecutive layers."""
     quantization: str | None = None
     """int8, int4 or fp8: round dense weights at load; awq, gptq, compressed-tensors or fp8: what the checkpoint must be."""
+    enable_lora: bool = False
+    """Serve LoRA adapters on this base, each under a name of its own."""
+    max_loras: int = 1
+    """Different adapters in one step; requests of further ones wait their turn."""
+    max_lora_rank: int = 16
+    """Largest rank of an adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512. Every rank up to it is served as it is."""
+    max_cpu_loras: int | None = None
+    """Adapters that are kept in memory; others are read from their folders when they are needed. If not given, max_loras."""
+    lora_dtype: str = AUTO
+    """Type of adapters: float32, on every base (auto is the same)."""
     disable_log_stats: bool = False
     """Do not log throughput and cache use every ten seconds."""
 
@@ -122,6 +134,25 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be 1, got {getattr(self, name)}: ranks are not built yet.")
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        _whole("max_loras", self.max_loras, 1)
+        if isinstance(self.max_lora_rank, bool) or self.max_lora_rank not in LORA_RANKS:
+            raise ConfigError(f"max_lora_rank must be one of {', '.join(map(str, LORA_RANKS))}, got {self.max_lora_rank!r}.")
+        _one_of("lora_dtype", self.lora_dtype, LORA_DTYPES)
+        if self.max_cpu_loras is not None:
+            _whole("max_cpu_loras", self.max_cpu_loras, 1)
+            if self.max_cpu_loras < self.max_loras:
+                raise ConfigError(f"max_cpu_loras must be at least max_loras={self.max_loras}, got {self.max_cpu_loras}.")
+        for name in ("max_loras", "max_lora_rank", "max_cpu_loras"):
+            if not self.enable_lora and getattr(self, name) != getattr(EngineConfig, name):
+                raise ConfigError(f"{name} needs enable_lora, which is not given: adapters would not be served.")
+
+    @property
+    def adapters_in_memory(self) -> int:
+        """Adapters that are kept in memory; none without LoRA."""
+        return (self.max_cpu_loras or self.max_loras) if self.enable_lora else 0
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

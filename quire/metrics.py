@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
+MOST_NAMES = 64
 REJECTIONS = ("queued_requests", "queued_tokens", "key_concurrency", "draining", "not_ready")
 
 _FIRST_TOKEN = (
@@ -165,7 +166,20 @@ class Metrics:
                 [str(place) for place in range(tokens)],
             )
 
+    def set_lora_requests(self, most: int, running: Sequence[str], waiting: Sequence[str]) -> None:
+        """Which adapters run and which wait, as labels of a gauge whose value is the time, as at vLLM."""
+        shown = (str(most), ",".join(waiting[:MOST_NAMES]), ",".join(running[:MOST_NAMES]))
+        if shown != self._lora_shown:
+            self._lora_shown = shown
+            self._lora.clear()
+            self._lora.labels(*shown).set_to_current_time()
+
     # called by the server
+
+    def observe_adapter_load(self, seconds: float, ok: bool) -> None:
+        """An adapter's folder was read, or was found to be unusable."""
+        self._adapter_loads["ok" if ok else "failed"].inc()
+        self._adapter_seconds.observe(seconds)
 
     def reject(self, reason: str) -> None:
         """A request was refused before any work was done; `reason` is one of REJECTIONS."""
@@ -220,6 +234,11 @@ class Metrics:
         self._drafts = self._counter("vllm:spec_decode_num_drafts", "Drafts that were verified.")
         self._draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.")
         self._accepted_tokens = self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens that came true.")
+        self._lora_shown = ("", "", "")
+        labels = ["max_lora", "waiting_lora_adapters", "running_lora_adapters"]
+        self._lora = Gauge("vllm:lora_requests_info", "Running stats on lora requests.", labels, registry=self._registry)
+        self._adapter_loads = self._each("quire:adapter_loads", "Adapters read.", "result", ("ok", "failed"))
+        self._adapter_seconds = self._histogram("quire:adapter_load_seconds", "Time to read an adapter.", _PER_TOKEN)
 
     def _build_request(self) -> None:
         lengths = _one_two_five(self._max_model_len)

@@ -19,6 +19,7 @@ from quire.config import EngineConfig
 from quire.engine.start import Started, start
 from quire.errors import EngineDead
 from quire.log import logger
+from quire.lora.request import LoRARequest
 from quire.request import BeamSearchParams, EngineRequest, RequestOutput, SamplingParams
 
 log = logger(__name__)
@@ -54,6 +55,7 @@ class AsyncEngine:
         self.config, self.model_config, self.plan = started.config, started.model_config, started.plan
         self.tokenizer, self.metrics = started.tokenizer, started.metrics
         self.default_sampling = dict(started.default_sampling)
+        self.slots, self.adapters = started.slots, started.adapters
         self._engine, self._intake = started.engine, started.intake
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -64,6 +66,8 @@ class AsyncEngine:
         self._dead: Exception | None = None
         self._turned = time.monotonic()
         self._counts = (0, 0, 0)
+        if self.adapters is not None:
+            self.adapters.on_change = lambda: self._call(self._engine.sweep)
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
 
@@ -81,6 +85,7 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         beam: BeamSearchParams | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """The outputs of one request as they come. Raises InvalidRequest before anything is queued, the request's own fault
         if it had one, EngineDead if the loop has ended."""
@@ -89,7 +94,14 @@ class AsyncEngine:
 
         def accept() -> EngineRequest:
             return self._intake.accept(
-                prompt, params, request_id, arrival_time=arrival, priority=priority, cache_salt=cache_salt, beam=beam
+                prompt,
+                params,
+                request_id,
+                arrival_time=arrival,
+                priority=priority,
+                cache_salt=cache_salt,
+                beam=beam,
+                lora_request=lora_request,
             )
 
         long = isinstance(prompt, str) and len(prompt) > TOKENIZE_OFF_LOOP
@@ -176,6 +188,8 @@ class AsyncEngine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
+            if self.adapters is not None:
+                self.adapters.close()
 
     # -- the engine thread --------------------------------------------------------------------------------------------
 
@@ -203,7 +217,7 @@ class AsyncEngine:
         self._turned = time.monotonic()
         outputs = self._engine.step()
         scheduler = self._engine.scheduler
-        self._counts = (scheduler.num_running, scheduler.num_waiting, scheduler.backlog())
+        self._counts = (scheduler.num_running, self._engine.num_waiting, scheduler.backlog())
         self._tell(outputs)
         self._more_background = self._in_background()
         return True

@@ -27,8 +27,9 @@ class Rows:
     num_drawn: int
 
 
-def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Rows]:
-    """The batch of a step. scored: prompt lengths of the sequences whose prompt tokens' log-probabilities are wanted."""
+def build(step: Step, kv: KVCache, scored: Mapping[int, int], slot_of: Mapping[str, int] | None = None) -> tuple[Batch, Rows]:
+    """The batch of a step. scored: prompt lengths of the sequences whose prompt tokens' log-probabilities are wanted.
+    slot_of: the slots that the chunks' adapters are in."""
     size, chunks = kv.block_size, step.chunks
     counts = np.array([len(chunk.tokens) for chunk in chunks])
     begins = np.array([chunk.start for chunk in chunks])
@@ -41,6 +42,7 @@ def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Ro
     tables = _tables(chunks)
     slots = tables[owners, positions // size] * size + positions % size
     logit_rows, rows = _rows(step, starts, scored)
+    adapters = _adapters(chunks, counts, slot_of) if slot_of else None
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -50,8 +52,15 @@ def build(step: Step, kv: KVCache, scored: Mapping[int, int]) -> tuple[Batch, Ro
         block_tables=torch.from_numpy(tables),
         slots=torch.from_numpy(slots),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        adapters=adapters,
     )
     return batch, rows
+
+
+def _adapters(chunks: Sequence[Chunk], counts: np.ndarray, slot_of: Mapping[str, int]) -> torch.Tensor | None:
+    """The slot of each row; None if all go through the base alone."""
+    slots = np.array([slot_of[chunk.adapter] for chunk in chunks], np.int32)
+    return torch.from_numpy(np.repeat(slots, counts)) if (slots >= 0).any() else None
 
 
 def _tables(chunks: Sequence[Chunk]) -> np.ndarray:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
+from quire.engine.arrivals import Arrivals
 from quire.engine.beam import BeamSearch
 from quire.engine.drawing import draw
 from quire.engine.progress import Progress, Sample
 from quire.engine.runner import Result, Runner
 from quire.engine.stats import Stats
-from quire.errors import QuireError
+from quire.errors import InvalidRequest, QuireError
 from quire.log import logger
 from quire.metrics import Metrics
 from quire.plan.memory import Plan
@@ -50,28 +52,64 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = Scheduler(
-            limits, BlockPool(plan.num_blocks), lambda request: root_key(model_digest, cache_salt=request.cache_salt)
+            limits,
+            BlockPool(plan.num_blocks),
+            lambda request: root_key(model_digest, request.adapter, request.cache_salt),
         )
         self.steps = 0
         self._runner, self._tokenizer, self._eos, self._clock = runner, tokenizer, eos, clock
         self._progress: dict[str, Progress] = {}
         self._beams: dict[str, BeamSearch] = {}
         self._scored: dict[int, int] = {}
-        self._stats = Stats(metrics, self.scheduler, plan, clock, log_stats)
+        self._arrivals = Arrivals(runner.adapters.manager) if runner.adapters else None
+        self._stats = Stats(metrics, self.scheduler, plan, clock, log_stats, self._arrivals)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or bool(self._arrivals)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run, those that wait for their adapter among them."""
+        return self.scheduler.num_waiting + len(self._arrivals or ())
 
     def add(self, request: EngineRequest) -> None:
         """Queue an accepted request. Raises InvalidRequest if its id is in use or it can never run."""
-        first = self.scheduler.add(request)
+        self.scheduler.check(request)
+        if request.request_id in self._progress:
+            raise InvalidRequest(f"request_id {request.request_id!r} is already in use.", parameter="request_id")
         progress = Progress(request, self._tokenizer, self._eos, self.scheduler.limits.max_model_len)
         self._progress[request.request_id] = progress
+        if request.adapter:
+            self._arrivals.add(request)
+        else:
+            self._begin(progress, request)
+
+    def sweep(self) -> None:
+        """Between two steps: let go of adapters that have been removed."""
+        if self._runner.adapters:
+            self._runner.adapters.sweep()
+
+    def _begin(self, progress: Progress, request: EngineRequest) -> None:
+        """Hand the request to the scheduler: its adapter, if it has one, is in memory."""
+        progress.request = request
+        first = self.scheduler.add(request)
         if progress.prompt_logprobs is not None:
             self._scored[first.id] = len(request.prompt_token_ids)
         if request.beam is not None:
             prompt, stops = request.prompt_token_ids, request.stop_token_ids
             self._beams[request.request_id] = BeamSearch(request.beam, prompt, first.id, request.params.max_tokens, stops)
+
+    def _let_in(self) -> list[RequestOutput]:
+        """Requests whose adapter has come begin; those whose adapter cannot be had end."""
+        outputs = []
+        for request, lease in self._arrivals.settled() if self._arrivals else ():
+            try:
+                if lease.error is not None:
+                    raise lease.error
+                self._begin(self._progress[request.request_id], replace(request, adapter=lease.digest))
+            except Exception as error:
+                outputs.append(self._end(request.request_id, "error", error))
+        return [output for output in outputs if output is not None]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in whatever state it is; returns its last output, None if it is unknown or has ended."""
@@ -86,9 +124,12 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what it changed; nothing if there was nothing to compute."""
+        ended = self._let_in()
         step = self.scheduler.schedule()
         if step is None:
-            return []
+            if self._arrivals and not ended:
+                self._arrivals.wait()
+            return ended
         self.steps += 1
         self._mark_scheduled(step)
         try:
@@ -96,8 +137,8 @@ class Engine:
             drawn = draw(result, self.scheduler, self._progress)
         except Exception as error:
             log.exception("step %d failed; its %d sequences end", step.number, len(step.chunks))
-            return self._fail(step, error)
-        return self._tell(step, result, drawn)
+            return ended + self._fail(step, error)
+        return ended + self._tell(step, result, drawn)
 
     def _mark_scheduled(self, step: Step) -> None:
         now = self._clock()
@@ -215,6 +256,7 @@ class Engine:
                     token_ids=tokens,
                     cumulative_logprob=found.cum_logprob,
                     finish_reason=found.finish_reason,
+                    lora_request=request.lora_request,
                 )
             )
         output.finished = True
@@ -238,6 +280,9 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         progress = self._progress.pop(request_id)
         self._beams.pop(request_id, None)
+        if self._arrivals is not None:
+            self._arrivals.release(request_id)
+            self.sweep()
         self._scored = {number: length for number, length in self._scored.items() if self.scheduler.sequence(number)}
         assert not self.scheduler.sequences_of(request_id), "a finished request still has sequences"
         progress.metrics.finished_time = self._clock()

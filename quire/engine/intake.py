@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.errors import InvalidRequest
+from quire.lora.manager import AdapterManager
+from quire.lora.request import LoRARequest
 from quire.request import BeamSearchParams, EngineRequest, SamplingParams, as_prompt
 from quire.sampling.processors import bad_word_ids
 from quire.text.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ class Intake:
     eos: int | None
     also_stop: frozenset[int]
     seed: int = 0
+    adapters: AdapterManager | None = None
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,8 +47,9 @@ class Intake:
         priority: int = 0,
         cache_salt: str = "",
         beam: BeamSearchParams | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> EngineRequest:
-        """The request, ready to run. Raises InvalidRequest naming field, range and value."""
+        """The request, ready to run. Raises InvalidRequest naming field, range and value, NotFound for an unknown adapter."""
         params = params.clone()
         params.check_model(vocab_size=self.vocab_size, max_logprobs=self.max_logprobs)
         if len(cache_salt) > MOST_SALT:
@@ -84,7 +88,16 @@ class Intake:
             beam=beam,
             stop_token_ids=self._masked_until_min_tokens(params),
             bad_words=bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else (),
+            adapter=self._digest_of(lora_request),
+            lora_request=lora_request,
         )
+
+    def _digest_of(self, lora_request: LoRARequest | None) -> str:
+        if lora_request is None:
+            return ""
+        if self.adapters is None:
+            raise InvalidRequest("adapters are not served: start with enable_lora.", parameter="lora_request")
+        return self.adapters.get(lora_request.lora_name).digest
 
     def _masked_until_min_tokens(self, params: SamplingParams) -> frozenset[int]:
         stops = set(params.stop_token_ids)

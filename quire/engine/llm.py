@@ -10,9 +10,11 @@ from typing import Any
 
 from quire import presets
 from quire.config import EngineConfig
+from quire.engine.adapters import AdapterControls, LoRARequests
 from quire.engine.start import start
 from quire.errors import InvalidRequest
 from quire.log import progress
+from quire.lora.request import LoRARequest
 from quire.request import (
     BeamSearchOutput,
     BeamSearchParams,
@@ -29,7 +31,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
-class LLM:
+class LLM(AdapterControls):
     """A model in this process. Options are EngineConfig's (and vLLM's): `LLM("quire-tiny", max_model_len=1024)`."""
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -38,6 +40,9 @@ class LLM:
         self.config, self.model_config, self.plan = started.config, started.model_config, started.plan
         self._engine, self._intake, self._tokenizer = started.engine, started.intake, started.tokenizer
         self._defaults = started.default_sampling
+        self._adapters = started.adapters
+        if self._adapters is not None:
+            self._adapters.on_change = self._engine.sweep
         self._numbers = itertools.count()
 
     def generate(
@@ -46,20 +51,23 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRARequests = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs in the order of the prompts. use_tqdm: show a progress bar.
 
         prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of those. sampling_params: one for
-        all or one for each; None: the model's recommended defaults. Raises InvalidRequest before anything runs.
+        all or one for each; None: the model's recommended defaults. lora_request: the adapter of all, or of each (None: the
+        base). Raises InvalidRequest before anything runs.
         """
         listed = _as_list(prompts)
         params = self._params_for(listed, sampling_params)
         if priority is not None and len(priority) != len(listed):
             raise InvalidRequest(f"priority must have one entry for each of the {len(listed)} prompts, got {len(priority)}.")
+        adapters = self._lora_requests(lora_request, len(listed))
         requests = [
-            self._accept(prompt, own.clone(output_kind=RequestOutputKind.FINAL_ONLY), priority=rank)
-            for prompt, own, rank in zip(listed, params, priority or [0] * len(listed), strict=True)
+            self._accept(prompt, own.clone(output_kind=RequestOutputKind.FINAL_ONLY), priority=rank, lora_request=adapter)
+            for prompt, own, rank, adapter in zip(listed, params, priority or [0] * len(listed), adapters, strict=True)
         ]
         return self._run(requests, bool(use_tqdm))
 
@@ -69,34 +77,47 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        lora_request: LoRARequests = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several. Messages are {"role", "content"} mappings."""
+        """Answer one conversation, or each of several. Messages are {"role", "content"} mappings. An adapter that brings a chat
+        template has its conversations written by it, unless one is given."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        adapters = self._lora_requests(lora_request, len(conversations))
         prompts = []
-        for conversation in conversations:
+        for conversation, adapter in zip(conversations, adapters, strict=True):
+            own = self.adapters.get(adapter.lora_name).chat_template if adapter else None
             text = chat.render(
                 self._tokenizer,
                 [dict(message) for message in conversation],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                chat_template=chat_template or self.config.chat_template,
+                chat_template=chat_template or own or self.config.chat_template,
                 chat_template_kwargs=dict(chat_template_kwargs or {}),
             )
             prompts.append({"prompt": text, "prompt_token_ids": self._tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=adapters)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: LoRARequests = None,
+        use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The best beams of every prompt, best first."""
         sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, max_tokens=params.max_tokens)
-        requests = [self._accept(prompt, sampling, beam=params) for prompt in _as_list(prompts)]
+        listed = _as_list(prompts)
+        adapters = self._lora_requests(lora_request, len(listed))
+        requests = [
+            self._accept(prompt, sampling, beam=params, lora_request=adapter)
+            for prompt, adapter in zip(listed, adapters, strict=True)
+        ]
         return [
             BeamSearchOutput(
                 [
@@ -128,10 +149,22 @@ class LLM:
         return self._engine.reset_prefix_cache()
 
     def _accept(
-        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, beam: BeamSearchParams | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        beam: BeamSearchParams | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> EngineRequest:
         return self._intake.accept(
-            prompt, params, str(next(self._numbers)), arrival_time=time.monotonic(), priority=priority, beam=beam
+            prompt,
+            params,
+            str(next(self._numbers)),
+            arrival_time=time.monotonic(),
+            priority=priority,
+            beam=beam,
+            lora_request=lora_request,
         )
 
     def _params_for(

@@ -132,6 +132,7 @@ class Progress:
             finished=finished,
             prompt_logprobs=self.prompt_logprobs,
             metrics=self.metrics,
+            lora_request=self.request.lora_request,
             num_cached_tokens=self.num_cached_tokens,
             error=error,
         )
@@ -147,4 +148,5 @@ class Progress:
             logprobs=None if sample.logprobs is None else sample.logprobs[start:],
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
+            lora_request=self.request.lora_request,
         )

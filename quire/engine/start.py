@@ -21,6 +21,9 @@ from quire.engine.kv_scales import kv_scales
 from quire.engine.runner import Runner
 from quire.errors import ConfigError
 from quire.log import logger
+from quire.lora.manager import AdapterManager
+from quire.lora.serving import ServingSlots
+from quire.lora.slots import Slots
 from quire.metrics import Metrics
 from quire.models.config import ModelConfig, read_json, read_model_config
 from quire.models.decoder import CausalLM
@@ -39,7 +42,8 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Started:
-    """An engine and all that its doors need to know of it. default_sampling: what the model's files recommend."""
+    """An engine and all that its doors need to know of it. default_sampling: what the model's files recommend. slots: of the
+    model, for serving and training. adapters: those that requests may name, None without enable_lora."""
 
     engine: Engine
     intake: Intake
@@ -49,6 +53,8 @@ class Started:
     tokenizer: Tokenizer
     metrics: Metrics
     default_sampling: Mapping[str, Any]
+    slots: Slots
+    adapters: AdapterManager | None
 
 
 def start(config: EngineConfig) -> Started:
@@ -77,8 +83,10 @@ def start(config: EngineConfig) -> Started:
         cache_dtype=plan.kv_cache_dtype,
     )
     eos, also_stop = _stop_tokens(tokenizer, model_config, generation)
+    slots = Slots(model)
+    adapters = _adapters(config, slots, tokenizer, metrics)
     engine = Engine(
-        Runner(model, kv),
+        Runner(model, kv, ServingSlots(slots, adapters, config.max_loras) if adapters else None),
         tokenizer,
         plan,
         _limits(config, plan),
@@ -88,10 +96,31 @@ def start(config: EngineConfig) -> Started:
         log_stats=not config.disable_log_stats,
     )
     intake = Intake(
-        tokenizer, model_config.vocab_size, plan.max_model_len, config.max_logprobs, eos, also_stop, seed=config.seed
+        tokenizer,
+        model_config.vocab_size,
+        plan.max_model_len,
+        config.max_logprobs,
+        eos,
+        also_stop,
+        seed=config.seed,
+        adapters=adapters,
     )
     log.info("Ready after %.1f s", time.monotonic() - begin)
-    return Started(engine, intake, config, model_config, plan, tokenizer, metrics, recommended_sampling(generation))
+    sampling = recommended_sampling(generation)
+    return Started(engine, intake, config, model_config, plan, tokenizer, metrics, sampling, slots, adapters)
+
+
+def _adapters(config: EngineConfig, slots: Slots, tokenizer: Tokenizer, metrics: Metrics) -> AdapterManager | None:
+    if not config.enable_lora:
+        return None
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return AdapterManager(
+        slots,
+        max_cpu_loras=config.adapters_in_memory,
+        max_rank=config.max_lora_rank,
+        base_template=config.chat_template or template,
+        on_read=metrics.observe_adapter_load,
+    )
 
 
 @torch.inference_mode()
@@ -111,6 +140,7 @@ def _limits(config: EngineConfig, plan: Plan) -> Limits:
         policy=config.scheduling_policy,
         prefix_caching=config.enable_prefix_caching,
         speculation=Speculation.of(config.speculative_config),
+        max_loras=config.max_loras if config.enable_lora else 0,
     )
 
 
@@ -131,9 +161,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _stop_tokens(
-    tokenizer: Tokenizer, model: ModelConfig, generation: Mapping[str, Any]
-) -> tuple[int | None, frozenset[int]]:
+def _stop_tokens(tokenizer: Tokenizer, model: ModelConfig, generation: Mapping[str, Any]) -> tuple[int | None, frozenset[int]]:
     """(the end-of-sequence token, further tokens at which the model's files say to stop)."""
     named = generation.get("eos_token_id")
     listed = [*(named if isinstance(named, list) else [] if named is None else [named]), *model.eos_token_ids]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from quire.engine.arrivals import Arrivals
 from quire.engine.progress import Progress
 from quire.log import logger
 from quire.metrics import FinishedRequest, Metrics
@@ -21,9 +22,16 @@ class Stats:
     """Turns the scheduler's totals into increments and, every INTERVAL seconds of work, into log lines."""
 
     def __init__(
-        self, metrics: Metrics, scheduler: Scheduler, plan: Plan, clock: Callable[[], float], log_stats: bool
+        self,
+        metrics: Metrics,
+        scheduler: Scheduler,
+        plan: Plan,
+        clock: Callable[[], float],
+        log_stats: bool,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.metrics = metrics
+        self._arrivals = arrivals
         self._scheduler, self._plan, self._clock, self._log_stats = scheduler, plan, clock, log_stats
         self._told, self._told_drafts, self._logged_drafts = Counters(), SpeculationCounters(), SpeculationCounters()
         self._logged, self._prompt, self._generated, self._preempted = clock(), 0, 0, 0
@@ -41,7 +49,7 @@ class Stats:
                 prompt += sequence.prompt_length
         self.metrics.observe_step(
             scheduler.num_running,
-            scheduler.num_waiting,
+            self._num_waiting,
             step.num_tokens,
             scheduler.usage,
             now.preemptions - told.preemptions,
@@ -58,6 +66,7 @@ class Stats:
         self._generated += generated
         self._preempted += now.preemptions - told.preemptions
         self._told = Counters(now.preemptions, now.prefix_queries, now.prefix_hits)
+        self._tell_adapters()
         if self._clock() - self._logged >= INTERVAL:
             self._log()
 
@@ -80,7 +89,19 @@ class Stats:
     def rest(self) -> None:
         """Show the present numbers, without a step."""
         scheduler = self._scheduler
-        self.metrics.observe_step(scheduler.num_running, scheduler.num_waiting, 0, scheduler.usage, 0, 0, 0)
+        self.metrics.observe_step(scheduler.num_running, self._num_waiting, 0, scheduler.usage, 0, 0, 0)
+        self._tell_adapters()
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._scheduler.num_waiting + len(self._arrivals or ())
+
+    def _tell_adapters(self) -> None:
+        """Which adapters run and which are waited for."""
+        if self._arrivals is not None:
+            running, waiting = self._scheduler.adapters()
+            names = self._arrivals.names()
+            self.metrics.set_lora_requests(self._scheduler.limits.max_loras, sorted(running), sorted(waiting | names))
 
     def _log(self) -> None:
         scheduler, seconds = self._scheduler, self._clock() - self._logged

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +62,20 @@ class _Content:
 
 
 class AdapterManager:
-    """See the module. on_change: called (from any thread) when a lease has settled or a content is gone."""
+    """See the module. on_change: called (from any thread) when a lease has settled or a content is gone. on_read: with the
+    seconds that reading a folder took and whether it was good. base_template: the chat template of the base."""
 
-    def __init__(self, slots: Slots, *, max_cpu_loras: int, max_rank: int, base_template: str | None = None) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        *,
+        max_cpu_loras: int,
+        max_rank: int,
+        base_template: str | None = None,
+        on_read: Callable[[float, bool], None] = lambda seconds, ok: None,
+    ) -> None:
         self.max_cpu_loras, self.max_rank = max_cpu_loras, max_rank
-        self.loaded = self.failed = 0
+        self._on_read = on_read
         self.on_change: Callable[[], None] = lambda: None
         self._slots, self._base_template = slots, base_template
         self._names: dict[str, Registered] = {}
@@ -145,6 +154,22 @@ class AdapterManager:
         if facts.folder is None:
             raise NotFound(f"The model `{name}` does not exist.", parameter="model")
         return self._read(facts.folder)
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        method: str = "linear",
+        *,
+        rank: int | None = None,
+        density: float | None = None,
+        replace: bool = False,
+    ) -> Registered:
+        """Register a weighted combination of registered adapters under a name. method, rank, density: see `combine`."""
+        from quire.lora.combine import Combination, combine
+
+        how = Combination(method, rank, density)
+        return self.add(name, combine([self.adapter(part) for part in weights], list(weights.values()), how), replace=replace)
 
     # -- leases: for the engine's thread ------------------------------------------------------------------------------
 
@@ -294,13 +319,13 @@ class AdapterManager:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _read(self, folder: Path) -> Adapter:
+        begin, ok = time.monotonic(), False
         try:
             adapter = read_adapter(folder, self._slots.model, max_rank=self.max_rank)
             self._slots.prepare(adapter)
-        except Exception:
-            self.failed += 1
-            raise
-        self.loaded += 1
+            ok = True
+        finally:
+            self._on_read(time.monotonic() - begin, ok)
         return adapter
 
     def _start_thread(self) -> None:

@@ -91,6 +91,8 @@ def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSize
         * ((needed_blocks if stated is None else stated) + 1),
         "runtime": RUNTIME_BYTES,
     }
+    if wishes.adapters:
+        parts[f"{config.adapters_in_memory} adapters of rank {config.max_lora_rank}"] = wishes.adapters
     if too_small:
         fact = (
             f"{config.model} does not fit: the KV cache as stated holds {stated * config.block_size} tokens, "
@@ -109,6 +111,7 @@ def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSize
     exits = [*_shorter(config, length, attempt), *_fp8_cache(config, wishes, length, attempt)]
     exits += _other_cache(config, wishes, needed_blocks, attempt)
     exits += [*_smaller_step(tokens, sequences, attempt), *_larger_share(config, wishes, attempt)]
+    exits += _fewer_adapters(config, attempt)
     exits += [*_other_dtype(wishes, attempt), *_quantized(wishes, attempt)]
     exits += _everything(config, attempt) if not exits else ()
     exits.append(_more_memory(config, too_small, model, weights, hardware))
@@ -176,6 +179,15 @@ def _smaller_step(tokens: int, sequences: int, attempt: Attempt) -> Iterator[Exi
             if value < present and (plan := attempt(**{name: value})) is not None:
                 yield Exit({name: value}, f"instead of {present}; {cost}; {plan.kv_tokens} tokens of KV cache")
                 break
+
+
+def _fewer_adapters(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
+    """The largest number of adapters in memory that fits."""
+    kept, least = config.adapters_in_memory, config.max_loras
+    most = _largest(kept - least, lambda n: attempt(max_cpu_loras=least + n - 1) is not None) if kept > least else 0
+    if most:
+        number = least + most - 1
+        yield Exit({"max_cpu_loras": number}, f"instead of {kept}; others are read again when they are needed")
 
 
 def _larger_share(config: EngineConfig, wishes: Wishes, attempt: Attempt) -> Iterator[Exit]:

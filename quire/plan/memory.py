@@ -15,6 +15,7 @@ from quire import envs
 from quire.config import AUTO, EngineConfig
 from quire.errors import ConfigError, DoesNotFit
 from quire.plan.activations import activation_bytes
+from quire.plan.adapters import adapter_bytes
 from quire.plan.hardware import Hardware
 from quire.presets import deployment_of
 from quire.quant.scheme import scheme_of
@@ -53,6 +54,7 @@ class Plan:
     weight_bytes: int
     activation_bytes: int
     runtime_bytes: int
+    adapter_bytes: int
     kv_bytes: int
     bytes_per_block: int
     memory_free: int
@@ -73,7 +75,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Everything that the engine will hold."""
-        return self.weight_bytes + self.runtime_bytes + self.activation_bytes + self.kv_bytes
+        return self.weight_bytes + self.runtime_bytes + self.adapter_bytes + self.activation_bytes + self.kv_bytes
 
     def sequences_that_fit(self, tokens: int) -> int:
         """Sequences of `tokens` tokens each that run without preemption, at most max_num_seqs."""
@@ -93,7 +95,9 @@ class Plan:
             f"({self.memory_budget / max(1, self.memory_free):.0%} of {size_text(self.memory_free)} free): "
             f"weights {size_text(self.weight_bytes)} | "
             f"activations at {self.max_num_batched_tokens} tokens {size_text(self.activation_bytes)} | "
-            f"runtime {size_text(self.runtime_bytes)} | KV cache {size_text(self.kv_bytes)} | unused {size_text(left)}",
+            f"runtime {size_text(self.runtime_bytes)} | "
+            + (f"adapters {size_text(self.adapter_bytes)} | " if self.adapter_bytes else "")
+            + f"KV cache {size_text(self.kv_bytes)} | unused {size_text(left)}",
             f"KV cache size: {self.kv_tokens:,} tokens ({self.num_blocks:,} blocks of {self.block_size}, "
             f"{size_text(self.bytes_per_block // self.block_size)} per token as {self.kv_cache_dtype})",
             f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x",
@@ -146,7 +150,7 @@ def find_plan(config: EngineConfig, model: ModelConfig, weights: int | WeightSiz
 class Wishes:
     """Configuration, preset and model laid together, before anything is lowered. Ladders: values to try, largest first.
 
-    weights: bytes in memory. form: the type of most of them.
+    weights: bytes in memory. form: the type of most of them. adapters: bytes of all that are kept in memory.
     """
 
     config: EngineConfig
@@ -162,6 +166,7 @@ class Wishes:
     budget: int
     seq_ladder: tuple[int, ...]
     token_ladder: tuple[int, ...]
+    adapters: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Wishes:
@@ -196,6 +201,7 @@ class Wishes:
             budget=hardware.memory_free if _is_pinned(config) else int(share * hardware.memory_free),
             seq_ladder=seqs,
             token_ladder=tokens,
+            adapters=config.adapters_in_memory * adapter_bytes(model, config.max_lora_rank),
         )
 
     @property
@@ -245,6 +251,7 @@ class Wishes:
             weight_bytes=self.weights,
             activation_bytes=self.step_bytes(tokens, sequences),
             runtime_bytes=RUNTIME_BYTES,
+            adapter_bytes=self.adapters,
             kv_bytes=(blocks + 1) * self.bytes_per_block,
             bytes_per_block=self.bytes_per_block,
             memory_free=self.hardware.memory_free,
@@ -255,7 +262,7 @@ class Wishes:
 
     def room_for_cache(self, tokens: int, sequences: int) -> int:
         """Usable KV blocks that the budget leaves beside everything else; 0 if there are none."""
-        room = self.budget - self.weights - RUNTIME_BYTES - self.step_bytes(tokens, sequences)
+        room = self.budget - self.weights - RUNTIME_BYTES - self.adapters - self.step_bytes(tokens, sequences)
         return max(0, room // self.bytes_per_block - 1)
 
     def step_bytes(self, tokens: int, sequences: int) -> int:

@@ -85,6 +85,10 @@ class Scheduler:
         """Blocks that all present sequences would hold together if each grew to its longest."""
         return sum(self._tables.blocks_for(sequence.max_length) for sequence in self._sequences.values())
 
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Names of the adapters of running sequences, and of those that wait."""
+        return _names(self._running), _names(self._waiting)
+
     def sequence(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
 
@@ -94,8 +98,8 @@ class Scheduler:
 
     # -- requests come and go -----------------------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest) -> Sequence:
-        """Queue a request; returns its first sequence. Raises InvalidRequest if it can never run."""
+    def check(self, request: EngineRequest) -> None:
+        """Raise InvalidRequest if the request can never run."""
         if request.request_id in self._groups:
             raise InvalidRequest(f"request_id {request.request_id!r} is already in use.", parameter="request_id")
         longest = self._longest(request)
@@ -105,11 +109,15 @@ class Scheduler:
                 parameter="max_tokens",
                 value=longest,
             )
+
+    def add(self, request: EngineRequest) -> Sequence:
+        """Queue a request; returns its first sequence. Raises InvalidRequest if it can never run."""
+        self.check(request)
         priority = request.priority if self.limits.policy == "priority" else 0
         group = Group(request, self._arrivals, priority, self._root_of(request), to_fork=request.params.n - 1)
         self._arrivals += 1
         self._groups[request.request_id] = group
-        sequence = self._new_sequence(group, 0, list(request.prompt_token_ids), longest)
+        sequence = self._new_sequence(group, 0, list(request.prompt_token_ids), self._longest(request))
         insort(self._waiting, sequence, key=_order)
         return sequence
 
@@ -380,6 +388,11 @@ class _Plan:
         self.chunks: list[Chunk] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[int] = []
+
+
+def _names(sequences: list[Sequence]) -> set[str]:
+    requests = (sequence.group.request for sequence in sequences)
+    return {request.lora_request.lora_name for request in requests if request.lora_request is not None}
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
