@@ -59,13 +59,15 @@ def pack(weight: Weight) -> Any:
 
 
 def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
-    """x [T, I] times a packed weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype."""
-    return selected().packed_linear(x, packed, bias)
+    """x [T, I] times a packed weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype. Differentiable in x and bias."""
+    kernels = selected()
+    return autograd.packed_linear(kernels.packed_linear, kernels.packed_linears_backward, x, packed, bias)
 
 
 def packed_linears(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """`packed_linear` of the same x with several weights: bit for bit the same, and x is prepared once."""
-    return selected().packed_linears(x, weights, biases)
+    kernels = selected()
+    return autograd.packed_linears(kernels.packed_linears, kernels.packed_linears_backward, x, weights, biases)
 
 
 def packed_rows(ids: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:

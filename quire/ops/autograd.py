@@ -23,6 +23,30 @@ def linear(forward: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tens
     return forward(x, weight, bias)
 
 
+def packed_linear(
+    forward: Callable[..., Tensor], backward: Callable[..., Tensor], x: Tensor, packed: Any, bias: Tensor | None
+) -> Tensor:
+    if _wanted(x, bias):
+
+        def compute(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None]) -> list[Tensor]:
+            return [forward(x, weights[0], biases[0])]
+
+        return _PackedLinears.apply(compute, backward, x, (packed,), bias)[0]
+    return forward(x, packed, bias)
+
+
+def packed_linears(
+    forward: Callable[..., list[Tensor]],
+    backward: Callable[..., Tensor],
+    x: Tensor,
+    weights: Sequence[Any],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    if _wanted(x, *biases):
+        return list(_PackedLinears.apply(forward, backward, x, weights, *biases))
+    return forward(x, weights, biases)
+
+
 def packed_attention(
     forward: Callable[..., Tensor],
     q: Tensor,
@@ -78,6 +102,31 @@ class _Linear(torch.autograd.Function):
             grad.t() @ x if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
+
+
+class _PackedLinears(torch.autograd.Function):
+    """The weights stay as they are; `backward` gives the sum of their dy W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Callable[..., list[Tensor]],
+        backward: Callable[..., Tensor],
+        x: Tensor,
+        weights: Sequence[Any],
+        *biases: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.compute, ctx.weights, ctx.dtype = backward, weights, x.dtype
+        return tuple(forward(x, weights, biases))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, _, need_x, _, *need_biases = ctx.needs_input_grad
+        pairs = zip(grads, need_biases, strict=True)
+        biases = [grad.sum(0) if need and grad is not None else None for grad, need in pairs]
+        dx = ctx.compute(grads, ctx.weights, ctx.dtype) if need_x else None
+        return None, None, dx, None, *biases
 
 
 class _Lora(torch.autograd.Function):

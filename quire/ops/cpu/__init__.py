@@ -1,7 +1,7 @@
 """The operations by the native kernels of csrc/."""
 
 from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
-from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_rows
+from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
 from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
 from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
@@ -19,6 +19,7 @@ __all__ = [
     "packed_attention",
     "packed_linear",
     "packed_linears",
+    "packed_linears_backward",
     "packed_rows",
     "paged_attention",
     "rms_norm",

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quire import envs
+from quire.errors import ConfigError
+
 PATH = Path(__file__).with_name("_native.so")
 VERSION = 1
 F32, BF16, F16, E4M3, E5M2, I8 = range(6)
@@ -68,6 +71,7 @@ _weight = ctypes.POINTER(WeightStruct)
 SIGNATURES = {
     "version": (),
     "set_isa": (ctypes.c_char_p,),
+    "check_isa": (ctypes.c_char_p,),
     "set_threads": (_int,),
     "pack": (_weight, _pointer, _long),
     "linear": (_weight, _int, _long, _pointer, _long, _pointer, _pointer, _long),
@@ -81,6 +85,7 @@ SIGNATURES = {
     "write_kv": (_pointer, _int, _long, _pointer, _pointer, _pointer),
     "rope_and_write": (_pointer, _int, *[_long] * 3, *[_pointer] * 6),
     "attend": (_pointer,),
+    "linears_backward": (_int, _pointer, _int, _int, _long, *[_pointer] * 3, _long),
     "lora": (_pointer, _int, _long, _pointer, _long, _pointer, _long, _pointer),
     "loras": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
     "lora_backward": (_pointer, _int, _long, *[_pointer, _long] * 2, *[_pointer] * 4),
@@ -89,18 +94,21 @@ SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library with its signatures. Raises OSError where it was not built or is of another version."""
+    """The library with its signatures, set to QUIRE_ISA. Raises OSError where it was not built or is of another version."""
     native = ctypes.CDLL(str(PATH))
     for name, arguments in SIGNATURES.items():
         function = getattr(native, f"quire_{name}", None)
         if function is None:
             raise OSError(f"{PATH.name} has no {name}: install Quire again.")
         function.argtypes, function.restype = arguments, _int
-    for name in ("isa", "isas"):
+    for name in ("isa", "isas", "isa_note"):
         getattr(native, f"quire_{name}").restype = ctypes.c_char_p
     native.quire_packed_bytes.argtypes, native.quire_packed_bytes.restype = (_int, _int, _long, _long), _long
     if native.quire_version() != VERSION:
         raise OSError(f"{PATH.name} is of another version: install Quire again.")
+    wanted, known = envs.isa(), native.quire_isas().decode()
+    if wanted and native.quire_set_isa(wanted.encode()):
+        raise ConfigError(f"QUIRE_ISA must be one of {known.replace(',', ', ')} on this machine, got {wanted!r}.")
     return native
 
 
@@ -142,8 +150,18 @@ def isa() -> str:
 
 
 def isas() -> tuple[str, ...]:
-    """Those that this machine can run, best first."""
+    """Those that this machine can run, best first; the last may be `amx-emulated`, which is for tests."""
     return tuple(library().quire_isas().decode().split(","))
+
+
+def isa_note() -> str:
+    """Why one that the processor has is not among them, or nothing."""
+    return library().quire_isa_note().decode()
+
+
+def right(name: str) -> bool:
+    """Whether its products agree with another one's where every order of the sums gives the same. Milliseconds."""
+    return library().quire_check_isa(name.encode()) == 0
 
 
 def set_isa(name: str) -> None:

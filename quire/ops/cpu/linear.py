@@ -159,6 +159,39 @@ def packed_linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[
     return ys
 
 
+def packed_linears_backward(dys: Sequence[Tensor | None], weights: Sequence[PackedWeight], dtype: torch.dtype) -> Tensor:
+    given = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    straight = [(dy, weight) for dy, weight in given if weight.order is None]
+    dx = _turned(straight, dtype) if straight else None
+    for dy, weight in given:
+        if weight.order is not None:
+            part = _turned([(dy, weight)], dtype)
+            part = torch.empty_like(part).index_copy_(1, weight.order, part)
+            dx = part if dx is None else dx.add_(part)
+    return torch.zeros(0, 0, dtype=dtype) if dx is None else dx
+
+
+def _turned(pairs: Sequence[tuple[Tensor, PackedWeight]], dtype: torch.dtype) -> Tensor:
+    """The sum of dy W over (dy, W)."""
+    dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy, _ in pairs]
+    count, rows, inputs = len(pairs), len(dys[0]), pairs[0][1].struct.inputs
+    pointers, numbers = _pointer * count, _long * count
+    dx = torch.empty((rows, inputs), dtype=dtype)
+    call(
+        "linears_backward",
+        count,
+        pointers(*(weight.address for _, weight in pairs)),
+        TYPES[dys[0].dtype],
+        TYPES[dtype],
+        rows,
+        pointers(*(dy.data_ptr() for dy in dys)),
+        numbers(*(dy.stride(0) for dy in dys)),
+        dx.data_ptr(),
+        inputs,
+    )
+    return dx
+
+
 def packed_rows(ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     if packed.order is not None:
         raise AssertionError("an embedding has no order of inputs")

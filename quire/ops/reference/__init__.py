@@ -3,7 +3,7 @@
 from quire.ops.reference.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.reference.linear import linear
 from quire.ops.reference.lora import lora, lora_backward, lora_table, loras
-from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_rows
+from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
 from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "packed_attention",
     "packed_linear",
     "packed_linears",
+    "packed_linears_backward",
     "packed_rows",
     "paged_attention",
     "rms_norm",

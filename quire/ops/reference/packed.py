@@ -35,6 +35,12 @@ def packed_linears(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor
     return [packed_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
+def packed_linears_backward(dys: Sequence[Tensor | None], weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:
+    """The sum of dy W. That products round x to integers for some forms has no gradient."""
+    given = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    return sum(dy.float() @ dense_values(weight).float() for dy, weight in given).to(dtype)
+
+
 def packed_rows(ids: Tensor, packed: Weight, dtype: torch.dtype) -> Tensor:
     return dense_values(packed)[ids].to(dtype)
 
