@@ -148,6 +148,12 @@ class AsyncEngine:
         event.wait(timeout=60)
         return bool(done and done[0])
 
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens at which an answer ends."""
+        end = self._intake.eos
+        return self._intake.also_stop | (frozenset() if end is None else {end})
+
     def between_steps(self, work: Callable[[], Result]) -> Future[Result]:
         """Have the engine thread do something once between two steps. The future fails with EngineDead if it has ended."""
         future: Future[Result] = Future()

@@ -7,7 +7,7 @@ What a step reports, and a run that failed, is handed to `tell`; what becomes of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,7 +33,7 @@ class Driver:
         self._tell, self._holds = tell, holds
         self._runs: list[TrainingRun] = []
         self._pieces: Iterator[StepReport | None] | None = None
-        self._tasks: deque[tuple[Iterator[Any], Future[Any]]] = deque()
+        self._tasks: deque[tuple[Generator[None, None, Any], Future[Any]]] = deque()
         self._alone = False
 
     def turn(self, busy: bool) -> bool:
@@ -53,8 +53,8 @@ class Driver:
             self._runs.remove(run)
         self._forget_pieces()
 
-    def queue(self, task: Iterator[Any], future: Future[Any]) -> None:
-        """Do other work in pieces; the future gets what the iterator gave last."""
+    def queue(self, task: Generator[None, None, Any], future: Future[Any]) -> None:
+        """Do other work in pieces; the future gets what the generator returns."""
         self._tasks.append((task, future))
 
     def clear(self) -> None:
@@ -62,7 +62,9 @@ class Driver:
         self._runs.clear()
         self._forget_pieces()
         while self._tasks:
-            self._tasks.popleft()[1].cancel()
+            task, future = self._tasks.popleft()
+            task.close()
+            future.cancel()
 
     def _forget_pieces(self) -> None:
         if self._pieces is not None:
@@ -84,10 +86,10 @@ class Driver:
     def _task(self) -> None:
         task, future = self._tasks[0]
         try:
-            future.last = next(task)  # type: ignore[attr-defined]
-        except StopIteration:
+            next(task)
+        except StopIteration as ended:
             self._tasks.popleft()
-            future.set_result(getattr(future, "last", None))
+            future.set_result(ended.value)
         except Exception as error:
             self._tasks.popleft()
             future.set_exception(error)

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quire.errors import InvalidRequest, NotFound, Unavailable
@@ -56,6 +57,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class PreparedFile:
+    """A file whose content is kept; `insert` makes it seen."""
+
+    id: str
+    row: tuple[Any, ...]
+    arrived: Callable[[], None]
+
+    def insert(self, connection: sqlite3.Connection) -> None:
+        columns = "id, owner, sha256, bytes, filename, purpose, created_at, expires_at, status"
+        connection.execute(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", self.row)
+        self.arrived()  # frees nothing before this transaction ends, for both are the writing thread's
+
+
+@dataclass(frozen=True)
 class Page:
     """Part of a list."""
 
@@ -69,6 +84,7 @@ class Files:
     def __init__(self, store: Store, blobs: Blobs, clock: Callable[[], int] = now) -> None:
         self._store, self._blobs, self._clock = store, blobs, clock
         self._arriving: Counter[str] = Counter()
+        """Contents that are on their way to their row."""
         self._arrival = threading.Lock()
         self._mend()
 
@@ -91,37 +107,37 @@ class Files:
             check_json_lines(upload.lines(), upload.size)
         return self._keep(owner, upload, filename, purpose, expires_after)
 
-    def add_result(self, owner: str, filename: str, data: bytes) -> FileRecord:
-        """A file that a job leaves behind."""
+    def prepare_result(self, owner: str, filename: str, data: bytes) -> PreparedFile:
+        """A file that a job leaves behind: its content is on the disk, its row comes with the job's last transaction."""
         upload = self.begin()
         try:
             upload.write(data)
-            return self._keep(owner, upload, filename, RESULTS, None)
+            return self._prepare(owner, upload, filename, RESULTS, None)
         finally:
             upload.discard()
 
     def _keep(self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None) -> FileRecord:
+        prepared = self._prepare(owner, upload, filename, purpose, expires_after)
+        self._store.write(prepared.insert)
+        return self.get(owner, prepared.id)
+
+    def _prepare(self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None) -> PreparedFile:
         digest = upload.digest()
         with self._arrival:
             self._arriving[digest] += 1
         try:
             upload.finish()
-            created = self._clock()
-            values = (
-                new_id("file-"), owner, digest, upload.size, clean_name(filename), purpose, created,
-                None if expires_after is None else created + expires_after, "processed",
-            )  # fmt: skip
-            query = (
-                "INSERT INTO files (id, owner, sha256, bytes, filename, purpose, created_at, expires_at, status) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            )
-            self._store.write(lambda connection: connection.execute(query, values))
         except OSError as error:
             raise _storage_error(error) from None
-        finally:
-            with self._arrival:
-                self._arriving[digest] -= 1
-        return self.get(owner, values[0])
+        created = self._clock()
+        expires_at = None if expires_after is None else created + expires_after
+        name, id = clean_name(filename), new_id("file-")
+        row = (id, owner, digest, upload.size, name, purpose, created, expires_at, "processed")
+        return PreparedFile(id, row, lambda: self._arrived(digest))
+
+    def _arrived(self, digest: str) -> None:
+        with self._arrival:
+            self._arriving[digest] -= 1
 
     def get(self, owner: str, id: str) -> FileRecord:
         """One file, or NotFound."""
@@ -155,10 +171,12 @@ class Files:
         except FileNotFoundError:
             raise NotFound(f"No such File object: {record.id}", parameter="id") from None
 
-    def lines(self, record: FileRecord) -> Iterator[bytes]:
-        """A file's lines."""
-        with self._blobs.path(record.sha256).open("rb") as file:
-            yield from file
+    def path(self, id: str) -> Path:
+        """Where the content of a file lies that a job holds. Raises NotFound."""
+        record = self.held(id)
+        if not record.sha256 or record.status == "error":
+            raise NotFound(f"No such File object: {id}", parameter="id")
+        return self._blobs.path(record.sha256)
 
     def delete(self, owner: str, id: str) -> None:
         """Take a file out of every list; its content stays for as long as an unfinished job needs it."""

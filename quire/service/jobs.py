@@ -195,8 +195,10 @@ class Jobs:
         facts: Mapping[str, Any] | None = None,
         events: Iterable[Event] = (),
         model: NewModel | None = None,
+        also: Callable[[sqlite3.Connection], Any] | None = None,
     ) -> bool:
         """Give a job another status (None: keep it), further facts, events and a model, if it stands where it is `allowed`.
+        also: what else belongs into the same transaction.
 
         False, and nothing has happened, if it does not: a client was quicker.
         """
@@ -210,6 +212,8 @@ class Jobs:
             connection.execute("UPDATE jobs SET status = ?, facts = ? WHERE id = ?", values)
             if model is not None:
                 self._add_model(connection, _job(row), model)
+            if also is not None:
+                also(connection)
             self._record(connection, id, events)
             return True
 
@@ -242,9 +246,9 @@ class Jobs:
 
     def _add_model(self, connection: sqlite3.Connection, job: Job, model: NewModel) -> None:
         created = self._clock()
-        columns = "name, owner, job, folder, created_at"
-        values = (model.name, job.owner, job.id, model.folder, created)
-        connection.execute(f"INSERT OR REPLACE INTO models ({columns}) VALUES (?, ?, ?, ?, ?)", values)
+        columns = "name, owner, job, folder, step, created_at"
+        values = (model.name, job.owner, job.id, model.folder, model.step, created)
+        connection.execute(f"INSERT OR REPLACE INTO models ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
         if model.step is not None:
             columns = "id, job, created_at, step, model, metrics"
             found = (new_id("ftckpt_"), job.id, created, model.step, model.name, json.dumps(dict(model.metrics or {})))
@@ -259,9 +263,19 @@ class Jobs:
         rows = self._store.read("SELECT * FROM models WHERE name = ? AND owner = ? AND NOT deleted", (name, owner))
         return rows[0] if rows else None
 
+    def older_checkpoints(self, id: str, keep: int) -> list[str]:
+        """Names of a job's checkpoint models but for the last `keep`."""
+        query = "SELECT name FROM models WHERE job = ? AND NOT deleted AND step IS NOT NULL ORDER BY step DESC"
+        return [row["name"] for row in self._store.read(query, (id,))[keep:]]
+
     def delete_model(self, name: str) -> None:
         """Take a model out of the list."""
-        self._store.write(lambda connection: connection.execute("UPDATE models SET deleted = 1 WHERE name = ?", (name,)))
+
+        def delete(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE models SET deleted = 1 WHERE name = ?", (name,))
+            connection.execute("DELETE FROM checkpoints WHERE model = ?", (name,))
+
+        self._store.write(delete)
 
 
 def new_seed(job_id: str) -> int:

@@ -48,7 +48,9 @@ ALLOWED: dict[str, set[str]] = {
         "assemble", "batch", "config", "envs", "errors", "layers", "log", "lora", "models", "models.config", "models.registry",
         "ops", "plan", "quant", "text", "weights",
     },
-    "service": {"config", "engine", "errors", "log", "lora", "metrics", "plan", "presets", "request", "text", "train"},
+    "service": {
+        "config", "engine", "errors", "log", "lora", "metrics", "plan", "presets", "request", "text", "train", "weights",
+    },
     "server": {"config", "errors", "log", "metrics", "presets", "request", "service", "envs"},
     "embedded": NOTHING,
 }  # fmt: skip
