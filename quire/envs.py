@@ -13,6 +13,11 @@ def ops() -> str:
     return os.environ.get("QUIRE_OPS", "auto")
 
 
+def isa() -> str | None:
+    """QUIRE_ISA: the instruction set of the native kernels, one of those that `quire doctor` names; the best if not set."""
+    return os.environ.get("QUIRE_ISA") or None
+
+
 def log_level() -> str:
     """QUIRE_LOG_LEVEL: DEBUG, INFO, WARNING or ERROR."""
     level = os.environ.get("QUIRE_LOG_LEVEL", "INFO").upper()
@@ -24,6 +29,13 @@ def log_level() -> str:
 def api_key() -> str | None:
     """QUIRE_API_KEY: the server's key if --api-key is not given."""
     return os.environ.get("QUIRE_API_KEY") or None
+
+
+def allow_runtime_lora_updating() -> bool:
+    """QUIRE_ALLOW_RUNTIME_LORA_UPDATING (vLLM's VLLM_ALLOW_RUNTIME_LORA_UPDATING too): 1 lets /v1/load_lora_adapter name any
+    path of this machine."""
+    given = (os.environ.get(f"{who}_ALLOW_RUNTIME_LORA_UPDATING", "") for who in ("QUIRE", "VLLM"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in given)
 
 
 def offline() -> bool:

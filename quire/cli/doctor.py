@@ -249,7 +249,13 @@ def _operations() -> Iterator[Finding]:
 
     yield Finding("Kernels", "operations", selected().__name__)
     if library.available():
-        yield Finding("Kernels", "instruction set", f"{library.isa()} (this machine can run {', '.join(library.isas())})")
+        can_run = [name for name in library.isas() if not name.endswith("-emulated")]
+        yield Finding("Kernels", "instruction set", f"{library.isa()} (this machine can run {', '.join(can_run)})")
+        if library.isa_note():
+            yield Finding("Kernels", "not used", library.isa_note())
+        if not library.right(library.isa()):
+            problem, fix = "known products come out wrong", "export QUIRE_ISA=" + can_run[-1]
+            yield error("Kernels", "known products", "wrong", problem, fix)
         return
     problem = "the native kernels were not built: everything works, many times slower"
     yield warning("Kernels", "native", "not built", problem, "install a C++ compiler (apt install g++), then reinstall Quire")
