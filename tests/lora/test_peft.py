@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from quire.lora.adapter import read_adapter, write_adapter
-from tests.lora.cases import CASES, Case, loaded_by_peft, made_by_peft, our_logits, their_logits
+from quire.lora.adapter import Adapter, read_adapter, write_adapter
+from quire.lora.keys import tensors_of
+from tests.lora.cases import CASES, SEQUENCES, Case, loaded_by_peft, made_by_peft, our_logits, their_logits
 from tests.lora.conftest import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,3 +41,48 @@ def test_what_quire_saves_gives_the_same_logits_in_peft(case: Case, base_of: Cal
         torch.testing.assert_close(
             their_logits(loaded_by_peft(folder, tmp_path / "ours")), our_logits(model, adapter), **NEAR
         )
+
+
+@cases
+def test_gradients_and_a_step_of_adamw_are_those_of_peft(
+    case: Case, base_of: Callable[[str], Base], tmp_path: Path
+) -> None:
+    folder, model = base_of(case.base)
+    theirs = made_by_peft(case, folder)
+    theirs.save_pretrained(tmp_path)
+    ours = read_adapter(tmp_path, model).trained_further()
+    loss(our_logits(model, ours)).backward()
+    loss(their_logits(theirs)).backward()
+    expected = {key_of(name): value for name, value in theirs.named_parameters() if value.requires_grad}
+    gradients = keyed(ours, lambda tensor: tensor.grad, case)
+    assert set(gradients) == set(expected)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key].grad, rtol=1e-3, atol=1e-5)
+    for parameters in (list(ours.tensors().values()), list(expected.values())):
+        torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.1).step()
+    for key, value in keyed(ours, lambda tensor: tensor.detach(), case).items():
+        # Where a gradient is nearly nothing, AdamW makes a whole step of its rounding's sign.
+        clear = (gradients[key].abs() > 1e-5) | ((gradients[key] == 0) & (expected[key].grad == 0))
+        torch.testing.assert_close(value[clear], expected[key].detach()[clear], rtol=0, atol=1e-5)
+
+
+def loss(logits: Tensor) -> Tensor:
+    labels = torch.tensor([tokens[(row + 1) % len(tokens)] for tokens in SEQUENCES for row in range(len(tokens))])
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def key_of(name: str) -> str:
+    """What PEFT calls a parameter in its file."""
+    name = name.replace(".modules_to_save.default", "").replace(".default", "")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def keyed(adapter: Adapter, of: Callable[[Tensor], Tensor], case: Case) -> dict[str, Tensor]:
+    """Something of each tensor of an adapter under the names and in the shapes that PEFT has in memory."""
+    parameters = case.options.get("target_parameters") or adapter.config.target_parameters
+    values = {id(tensor): of(tensor) for tensor in adapter.tensors().values()}
+    parts = {
+        module: replace(part, **{name: values[id(tensor)] for name, tensor in part.tensors()})
+        for module, part in adapter.parts.items()
+    }
+    return tensors_of(parts, replace(adapter.config, target_parameters=parameters))
