@@ -26,7 +26,8 @@ constexpr int MOST_ROWS = 1;
 #endif
 constexpr int64_t BLOCK_INPUTS = 1024;  // inputs between two store-aways: a decoded block takes half of a small L2
 constexpr int64_t BLOCK_TILES = 8;      // tiles that pass over a block of a panel one after the other
-constexpr int AHEAD = 2048;             // bytes between a read and its prefetch
+constexpr int AHEAD = 2048;             // bytes between a read and its prefetch, for each of two panels
+constexpr int INTEGERS_AHEAD = 4096;    // for one
 
 // ---- decoding: one input's 32 weights as floats -------------------------------------------------------------------
 
@@ -253,8 +254,8 @@ void integer_tile(int64_t quads, const int8_t *x, const uint8_t *w, int32_t *acc
     for (int64_t i = 0; i < quads; i += STEP) {
         Words values[STEP][PARTS];
         const uint8_t *from = w + i / STEP * (PANEL * 4);
-        __builtin_prefetch(from + AHEAD);
-        __builtin_prefetch(from + AHEAD + 64);
+        __builtin_prefetch(from + INTEGERS_AHEAD);
+        __builtin_prefetch(from + INTEGERS_AHEAD + 64);
         for (int v = 0; v < PARTS; v++) {
             Words word = load<Words>(from + v * LANES * 4);
             if (INT4) {
