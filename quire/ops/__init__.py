@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.ops import autograd
+from quire.ops import autograd, loss
 from quire.ops.select import selected
 from quire.ops.weights import LoraTable, LoraWeight, Weight
 
@@ -58,6 +58,21 @@ def pack(weight: Weight) -> Any:
     return selected().pack(weight)
 
 
+def stores_packed() -> bool:
+    """Whether this implementation's packed weights have parts of their own that can be kept in a file."""
+    return hasattr(selected(), "packed_parts")
+
+
+def packed_parts(packed: Any) -> tuple[Mapping[str, int], dict[str, Tensor]]:
+    """(plain numbers, tensors) that a packed weight consists of; only where `stores_packed`."""
+    return selected().packed_parts(packed)
+
+
+def packed_from_parts(facts: Mapping[str, int], parts: Mapping[str, Tensor]) -> Any:
+    """The packed weight of `packed_parts`, using the tensors' memory. Raises ValueError for what does not fit together."""
+    return selected().packed_from_parts(facts, parts)
+
+
 def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     """x [T, I] times a packed weight [O, I] transposed, plus bias [O]: [T, O] in x's dtype. Differentiable in x and bias."""
     kernels = selected()
@@ -95,6 +110,23 @@ def loras(x: Tensor, ys: Sequence[Tensor], slots: Tensor, tables: Sequence[LoraT
     """`lora` of several linears that were given the same x: bit for bit the same, in one call."""
     kernels = selected()
     return autograd.loras(kernels.loras, kernels.lora, kernels.lora_backward, x, ys, slots, tables)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Any,
+    targets: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(-sum of weights * log-probabilities, log-probabilities [R]) of targets [R] under hidden [R, E] times a dense or packed
+    head [V, E]; softcap: logits become softcap * tanh(logits / softcap).
+
+    In chunks of rows: the logits of all are never in memory. The loss is differentiable in hidden and in a dense head, whose
+    gradients are made on the way forward; the log-probabilities and the bias are constants.
+    """
+    return loss.head_loss(selected(), hidden, head, targets, weights, bias, softcap)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

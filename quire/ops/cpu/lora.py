@@ -116,7 +116,7 @@ def lora_backward(
         for side, tensor in zip(places, (None, None) if weight is None else (weight.a, weight.b), strict=True):
             gradient = None
             if tensor is not None:
-                gradient = torch.zeros_like(tensor) if next(wanted) else None
+                gradient = torch.empty(tensor.shape, dtype=tensor.dtype) if next(wanted) else None
                 gradients.append(gradient)
             side.append(None if gradient is None or not gradient.numel() else gradient.data_ptr())
     pointers = _pointer * len(table.weights)
