@@ -193,12 +193,10 @@ def _turned(pairs: Sequence[tuple[Tensor, PackedWeight]], dtype: torch.dtype) ->
 
 
 def packed_rows(ids: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    if packed.order is not None:
-        raise AssertionError("an embedding has no order of inputs")
     out = torch.empty(len(ids), packed.struct.inputs, dtype=dtype)
     ids = ids.contiguous()
     call("weight_rows", packed.struct, TYPES[dtype], len(ids), ids.data_ptr(), out.data_ptr())
-    return out
+    return out if packed.order is None else torch.empty_like(out).index_copy_(1, packed.order, out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
