@@ -223,13 +223,7 @@ def open_run(prepared: Prepared, output: Path, *, resume: bool, sampler: Callabl
 
     check_output(output, resume)
     longest = max(dataset.longest for dataset in (prepared.training, prepared.validation) if dataset is not None)
-    model = assemble(
-        prepared.folder,
-        prepared.shape.for_length(longest),
-        prepared.dtype,
-        prepared.quantization,
-        keep_dense=prepared.quantization is None,
-    )
+    model = assemble(prepared.folder, prepared.shape.for_length(longest), prepared.dtype, prepared.quantization)
     template = prepared.chat_template or prepared.tokenizer.chat_template
     begin = TrainingRun.resume if resume else TrainingRun
     return begin(

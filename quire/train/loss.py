@@ -37,19 +37,29 @@ def chunks(model: CausalLM, rows: int) -> list[slice]:
 
 
 def scored(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None, *, gradient: bool) -> Scored:
-    """One chunk. hidden [R, E] as `finish` gave it, targets [R]."""
+    """One chunk. hidden [R, E] as `finish` gave it, targets [R].
+
+    Not `ops.head_loss`, which knows the weights of rows beforehand: DPO's follow from the losses of whole sequences, and
+    the accuracy wants the logits too.
+    """
     with torch.set_grad_enabled(gradient):
         rows = hidden.detach().requires_grad_(gradient)
-        losses, right = losses_of(model, rows, targets, adapters)
-    found = torch.autograd.grad(losses.sum(), rows)[0] if gradient else None
-    return Scored(losses.detach(), right, found)
+        logits = model.logits(rows, adapters)
+    found = logits.detach()
+    wanted = targets[:, None]
+    right = found.gather(1, wanted)[:, 0] >= found.amax(-1)
+    table = torch.log_softmax(found, dim=-1)
+    losses = -table.gather(1, wanted)[:, 0]
+    if not gradient:
+        return Scored(losses, right, None)
+    grad = table.exp_()  # softmax less one at the target
+    grad.scatter_add_(1, wanted, grad.new_full((1, 1), -1.0).expand(len(targets), 1))
+    return Scored(losses, right, torch.autograd.grad(logits, rows, grad)[0])
 
 
-def losses_of(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same through autograd."""
-    logits = model.logits(hidden, adapters)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return losses, logits.detach().argmax(-1) == targets
+def losses_of(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None) -> Tensor:
+    """The losses through autograd, for heads that are trained themselves."""
+    return torch.nn.functional.cross_entropy(model.logits(hidden, adapters), targets, reduction="none")
 
 
 def score_chunks(

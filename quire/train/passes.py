@@ -192,7 +192,7 @@ def _head_again(
 ) -> Tensor:
     rows = hidden.requires_grad_()
     with torch.enable_grad():
-        loss = (losses_of(model, rows, targets, adapters)[0] * factors).sum()
+        loss = (losses_of(model, rows, targets, adapters) * factors).sum()
     return _add(loss, None, trained, rows)
 
 
