@@ -28,6 +28,7 @@ _HOMES = {
     "Logprob": "quire.request",
     "LoRARequest": "quire.lora.request",
     "train": "quire.train.door",
+    "merge": "quire.merging",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "models": "List model families and the models on this machine.",
     "presets": "Show scenario presets and where each value in force comes from.",
     "train": "Train a LoRA adapter on your examples.",
+    "merge": "Write adapters into a model's weights, or combine them.",
+    "data": "Generate an example data set.",
     "quantize": "Write a quantized copy of a model.",
     "plan": "Say what a model needs and whether it fits, before loading it.",
     "bench": "Measure an engine or a running server.",
