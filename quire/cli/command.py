@@ -74,7 +74,7 @@ SYNONYMS: dict[str, str] = {
 }
 # vLLM's options for what Quire does not do (yet). Saying so is kinder than guessing a neighbour.
 _VLLM_ONLY = """
-    enable-lora lora-modules max-loras max-lora-rank max-cpu-loras lora-dtype fully-sharded-loras lora-target-modules
+    fully-sharded-loras lora-target-modules
     swap-space cpu-offload-gb kv-offloading-size
     speculative-model num-speculative-tokens data-parallel-size distributed-executor-backend enable-expert-parallel
     quantization-param-path structured-outputs-config guided-decoding-backend reasoning-parser tool-call-parser

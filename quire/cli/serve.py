@@ -13,7 +13,7 @@ import click
 
 from quire import envs
 from quire.cli.command import SectionedCommand, SectionedOption
-from quire.cli.flags import build, options_of, with_options
+from quire.cli.flags import build, flag_name, options_of, with_options
 from quire.config import ALWAYS, EngineConfig, without_always
 from quire.errors import ConfigError
 from quire.server.options import ServerOptions
@@ -50,6 +50,9 @@ def command(model: str | None, model_flag: str | None, **values: Any) -> None:
     values = without_always(values)
     config: EngineConfig = build(EngineConfig, {**values, "model": model or model_flag or DEFAULT_MODEL})
     options: ServerOptions = build(ServerOptions, _server_values(values))
+    for name in ("lora_modules", "lora_dir", "allowed_lora_path"):
+        if getattr(options, name) and not config.enable_lora:
+            raise ConfigError(f"{flag_name(name)} needs --enable-lora.")
 
     from quire.cli.plan import plan_local
 

@@ -21,6 +21,7 @@ from quire.engine.kv_scales import kv_scales
 from quire.engine.runner import Runner
 from quire.errors import ConfigError
 from quire.log import logger
+from quire.lora.base import base_digest
 from quire.lora.manager import AdapterManager
 from quire.lora.serving import ServingSlots
 from quire.lora.slots import Slots
@@ -36,6 +37,7 @@ from quire.speculation import Speculation
 from quire.text.tokenizer import Tokenizer
 from quire.weights.files import checkpoint_files, tensor_headers, weight_sizes
 from quire.weights.hub import resolve
+from quire.weights.packed_cache import bytes_begun, packed_cache
 
 log = logger(__name__)
 
@@ -65,12 +67,19 @@ def start(config: EngineConfig) -> Started:
     model_config = read_model_config(folder)
     model_class(model_config)  # an unknown architecture is refused before planning
     generation = _generation_config(folder) if config.generation_config == AUTO else {}
-    plan = make_plan(config, model_config, weight_sizes(folder, model_config), probe())
+    machine = probe()
+    # Weights that are being read already have taken what the plan is about to give them.
+    machine = replace(machine, memory_free=machine.memory_free + bytes_begun())
+    plan = make_plan(config, model_config, weight_sizes(folder, model_config), machine)
+    cache = packed_cache(config.packed_cache, folder, plan.dtype, config.quantization)
+    if cache is not None:
+        cache.begin(plan.threads)
     for line in plan.describe():
         log.info("%s", line)
     tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
     torch.set_num_threads(plan.threads)
-    model = assemble(folder, model_config.for_length(plan.max_model_len), plan.dtype, config.quantization)
+    shape = model_config.for_length(plan.max_model_len)
+    model = assemble(folder, shape, plan.dtype, config.quantization, cache=cache)
     scales = kv_scales(config, plan, model, folder, model_config, tokenizer)
     kv = allocate(model_config, plan.num_blocks, plan.block_size, KV_DTYPES[plan.kv_cache_dtype], scales)
     _warm_up(model)
@@ -84,7 +93,7 @@ def start(config: EngineConfig) -> Started:
     )
     eos, also_stop = _stop_tokens(tokenizer, model_config, generation)
     slots = Slots(model)
-    adapters = _adapters(config, slots, tokenizer, metrics)
+    adapters = _adapters(config, slots, folder, tokenizer, metrics)
     engine = Engine(
         Runner(model, kv, ServingSlots(slots, adapters, config.max_loras) if adapters else None),
         tokenizer,
@@ -110,7 +119,9 @@ def start(config: EngineConfig) -> Started:
     return Started(engine, intake, config, model_config, plan, tokenizer, metrics, sampling, slots, adapters)
 
 
-def _adapters(config: EngineConfig, slots: Slots, tokenizer: Tokenizer, metrics: Metrics) -> AdapterManager | None:
+def _adapters(
+    config: EngineConfig, slots: Slots, folder: Path, tokenizer: Tokenizer, metrics: Metrics
+) -> AdapterManager | None:
     if not config.enable_lora:
         return None
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
@@ -118,6 +129,7 @@ def _adapters(config: EngineConfig, slots: Slots, tokenizer: Tokenizer, metrics:
         slots,
         max_cpu_loras=config.adapters_in_memory,
         max_rank=config.max_lora_rank,
+        base_digest=base_digest(folder),
         base_template=config.chat_template or template,
         on_read=metrics.observe_adapter_load,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from quire.errors import AdapterError, InvalidRequest, NotFound, QuireError, did_you_mean
 from quire.log import logger
 from quire.lora.adapter import Adapter, read_adapter
+from quire.lora.combine import Combination, combine
 from quire.lora.request import check_name
 from quire.lora.slots import Slots
 
@@ -63,7 +64,8 @@ class _Content:
 
 class AdapterManager:
     """See the module. on_change: called (from any thread) when a lease has settled or a content is gone. on_read: with the
-    seconds that reading a folder took and whether it was good. base_template: the chat template of the base."""
+    seconds that reading a folder took and whether it was good. base_digest, base_template: of the base (`base.base_digest`),
+    to compare with what adapters say."""
 
     def __init__(
         self,
@@ -71,13 +73,14 @@ class AdapterManager:
         *,
         max_cpu_loras: int,
         max_rank: int,
+        base_digest: str | None = None,
         base_template: str | None = None,
         on_read: Callable[[float, bool], None] = lambda seconds, ok: None,
     ) -> None:
         self.max_cpu_loras, self.max_rank = max_cpu_loras, max_rank
         self._on_read = on_read
         self.on_change: Callable[[], None] = lambda: None
-        self._slots, self._base_template = slots, base_template
+        self._slots, self._base_digest, self._base_template = slots, base_digest, base_template
         self._names: dict[str, Registered] = {}
         self._contents: dict[str, _Content] = {}
         self._kept: OrderedDict[str, None] = OrderedDict()
@@ -98,12 +101,11 @@ class AdapterManager:
         self._check_free(name, replace)
         if isinstance(source, Adapter):
             adapter = source.frozen() if source.trainable else source
+            self._check(adapter)
             self._slots.prepare(adapter)
         else:
             folder = Path(source)
-            adapter = self._read(folder)
-        if adapter.rank > self.max_rank:
-            raise AdapterError(f"LoRA rank {adapter.rank} is greater than max_lora_rank {self.max_rank}.", parameter="r")
+            adapter = self.read(folder)
         facts = Registered(name, adapter.digest, adapter.rank, adapter.bytes, folder, adapter.chat_template, int(time.time()))
         with self._changed:
             self._check_free(name, replace)
@@ -153,7 +155,7 @@ class AdapterManager:
             return adapter
         if facts.folder is None:
             raise NotFound(f"The model `{name}` does not exist.", parameter="model")
-        return self._read(facts.folder)
+        return self.read(facts.folder)
 
     def combine(
         self,
@@ -166,8 +168,6 @@ class AdapterManager:
         replace: bool = False,
     ) -> Registered:
         """Register a weighted combination of registered adapters under a name. method, rank, density: see `combine`."""
-        from quire.lora.combine import Combination, combine
-
         how = Combination(method, rank, density)
         return self.add(name, combine([self.adapter(part) for part in weights], list(weights.values()), how), replace=replace)
 
@@ -318,15 +318,27 @@ class AdapterManager:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def _read(self, folder: Path) -> Adapter:
+    def read(self, folder: Path) -> Adapter:
+        """The adapter in a folder, ready to be placed. Raises AdapterError."""
         begin, ok = time.monotonic(), False
         try:
-            adapter = read_adapter(folder, self._slots.model, max_rank=self.max_rank)
+            adapter = read_adapter(folder, self._slots.model)
+            self._check(adapter)
             self._slots.prepare(adapter)
             ok = True
         finally:
             self._on_read(time.monotonic() - begin, ok)
         return adapter
+
+    def _check(self, adapter: Adapter) -> None:
+        if adapter.rank > self.max_rank:
+            raise AdapterError(f"LoRA rank {adapter.rank} is greater than max_lora_rank {self.max_rank}.", parameter="r")
+        if None not in (adapter.base_digest, self._base_digest) and adapter.base_digest != self._base_digest:
+            raise AdapterError(
+                f"the adapter was trained on another base: base_digest in its quire.json is {adapter.base_digest[:12]}, this "
+                f"model's is {self._base_digest[:12]}. Without quire.json it is served all the same, if its shapes fit.",
+                parameter="base_digest",
+            )
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -344,7 +356,7 @@ class AdapterManager:
             adapter, error = None, None
             try:
                 assert content.folder is not None
-                adapter = self._read(content.folder)
+                adapter = self.read(content.folder)
             except QuireError as found:
                 error = found
             except Exception as found:

@@ -17,16 +17,19 @@ from quire.server.middleware.edge import Edge
 from quire.server.middleware.intake import Intake
 from quire.server.middleware.keys import ApiKeys
 from quire.server.options import ServerOptions
-from quire.server.routes import chat, completions, console, files, fine_tuning, health, metrics, models, tokenize
+from quire.server.routes import adapters, chat, completions, console, files, fine_tuning, health, metrics, models, tokenize
+from quire.service.adapters import Adapters
 from quire.service.application import Application
 from quire.service.fine_tuning import FineTuning
 
-_GROUPS = (health, models, completions, chat, tokenize, files, fine_tuning, metrics, console)
+_GROUPS = (health, models, completions, chat, tokenize, adapters, files, fine_tuning, metrics, console)
 
 
 def build_app(engine: Any, options: ServerOptions) -> FastAPI:
     """The application over `engine`; None if it is still loading (`app.state.application.attach` follows then)."""
-    application = Application(options.limits, options.served_model_name, fine_tuning=_fine_tuning(options))
+    application = Application(
+        options.limits, options.served_model_name, fine_tuning=_fine_tuning(options), adapters=Adapters(options.adapters)
+    )
     if engine is not None:
         application.attach(engine)
     app = FastAPI(title="Quire", version=quire.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -44,7 +47,7 @@ def build_app(engine: Any, options: ServerOptions) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.allowed_origins),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from quire.errors import InvalidRequest, NotFound, QuireError
+from quire.errors import AdapterError, InvalidRequest, NotFound, QuireError
 
 MAX_MESSAGE = 2000
 DONT_RETRY = {"x-should-retry": "false"}
@@ -60,7 +60,7 @@ def describe(error: BaseException, request_id: str) -> tuple[int, dict[str, Any]
     if isinstance(error, HTTPException):
         return error.status_code, body(error.status_code, str(error.detail)), dict(error.headers or {})
     if isinstance(error, QuireError) and error.status != 500:
-        param = error.parameter if isinstance(error, (InvalidRequest, NotFound)) else None
+        param = error.parameter if isinstance(error, (InvalidRequest, NotFound, AdapterError)) else None
         return error.status, body(error.status, str(error), error.type, param), _headers_of(error)
     message = f"The server failed to answer; the details are in its log under request id {request_id}."
     return 500, body(500, message), {}
@@ -83,7 +83,7 @@ def response(error: BaseException, request_id: str) -> Response:
 def openai_response(error: QuireError, request_id: str) -> Response:
     """The answer in OpenAI's own words, as clients of files and fine-tuning read them: type, param and code of the fault."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    param = error.parameter if isinstance(error, (InvalidRequest, NotFound)) else None
+    param = error.parameter if isinstance(error, (InvalidRequest, NotFound, AdapterError)) else None
     message = stripped(getattr(error, "message", None) or str(error))
     content = {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
     return JSONResponse(content, error.status, headers={**_headers_of(error), "x-request-id": request_id})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quire import envs
 from quire.errors import ConfigError
+from quire.service.adapters import AdapterOptions, Module
 from quire.service.limits import Limits
 
 MIB = 1 << 20
@@ -61,6 +62,14 @@ class ServerOptions:
     """Write tokens in logprobs as `token_id:N`."""
     response_role: str = "assistant"
     """Role of generated messages."""
+    lora_modules: tuple[str, ...] = ()
+    """Adapters to serve from the start: name=path, or {"name": ..., "path": ..., "base_model_name": ...}."""
+    lora_dir: str | None = None
+    """Folder of adapters, watched: each folder in it is served under its name. Uploads are kept there."""
+    allowed_lora_path: tuple[str, ...] = ()
+    """Folder below which /v1/load_lora_adapter may name a lora_path, beside --lora-dir."""
+    max_adapter_bytes: int = 2048 * MIB
+    """Largest adapter that may be uploaded."""
     enable_fine_tuning: bool = False
     """Take files and fine-tuning jobs (/v1/files, /v1/fine_tuning/jobs) and train on the served weights between steps."""
     data_dir: str | None = None
@@ -112,9 +121,10 @@ class ServerOptions:
         for name in ("shutdown_timeout", "drain_grace", "training_latency_budget"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}.")
-        for name in ("api_key", "served_model_name", "allowed_origins"):
+        for name in ("api_key", "served_model_name", "allowed_origins", "lora_modules", "allowed_lora_path"):
             if isinstance(getattr(self, name), str) or not all(isinstance(x, str) and x for x in getattr(self, name)):
                 raise ConfigError(f"{name} must be a list of strings that are not empty.")
+        _ = self.adapters
         self._check_tls()
         self._check_address()
 
@@ -141,6 +151,17 @@ class ServerOptions:
         return envs.data_dir() if self.enable_fine_tuning else None
 
     @property
+    def adapters(self) -> AdapterOptions:
+        """The part that adapters obey."""
+        return AdapterOptions(
+            modules=tuple(Module.parse(text) for text in self.lora_modules),
+            directory=Path(self.lora_dir).expanduser().resolve() if self.lora_dir else None,
+            allowed=tuple(Path(path).expanduser() for path in self.allowed_lora_path),
+            any_path=envs.allow_runtime_lora_updating(),
+            max_bytes=self.max_adapter_bytes,
+        )
+
+    @property
     def limits(self) -> Limits:
         """The part that the application keeps."""
         return Limits(
@@ -153,6 +174,7 @@ class ServerOptions:
 
 _WHOLE = ("max_num_queued_reqs", "max_num_queued_tokens", "max_requests_per_key", "max_training_jobs", "max_queued_jobs")
 _POSITIVE = (
+    "max_adapter_bytes",
     "max_upload_bytes",
     "max_body_bytes",
     "max_header_bytes",

@@ -29,7 +29,7 @@ from quire.server.app import build_app
 from quire.server.listening import address, listen
 from quire.server.options import ServerOptions
 from quire.server.protocol import protocol_class
-from quire.service.application import Application, load_engine
+from quire.service.application import Application
 from quire.service.lifecycle import Stage
 
 log = logger(__name__)
@@ -91,7 +91,7 @@ class _Serving:
     async def _load(self, application: Application) -> bool:
         """Load the engine on a thread of its own; False if a signal came first."""
         began = time.monotonic()
-        loading = _on_thread(load_engine, self._engine_config)
+        loading = _on_thread(application.load, self._engine_config)
         signalled = asyncio.create_task(self._signalled.wait())
         try:
             while not loading.done():

@@ -17,6 +17,7 @@ from quire.config import EngineConfig
 from quire.errors import NotFound, QuireError, Refused, Unavailable
 from quire.log import logger
 from quire.metrics import Metrics
+from quire.service.adapters import AdapterOptions, Adapters
 from quire.service.admission import Admission, Ticket
 from quire.service.fine_tuning import FineTuning
 from quire.service.generation import Generation
@@ -47,8 +48,10 @@ class Application:
         served_names: tuple[str, ...] = (),
         clock: Callable[[], float] = time.monotonic,
         fine_tuning: FineTuning | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.limits = limits
+        self.adapters = adapters or Adapters(AdapterOptions())
         self.fine_tuning = fine_tuning
         self.lifecycle = Lifecycle()
         self.admission = Admission(limits, self._rejected, clock)
@@ -60,10 +63,25 @@ class Application:
 
     # the engine
 
+    def load(self, config: EngineConfig) -> Any:
+        """The engine, with the adapters that are named at start. Blocks; `attach` follows."""
+        engine = load_engine(config)
+        try:
+            self._open_adapters(engine)
+        except BaseException:
+            engine.shutdown()
+            raise
+        return engine
+
+    def _open_adapters(self, engine: Any) -> None:
+        if not self.adapters.opened:
+            engine.metrics.rename(self._names_of(engine)[0])
+            self.adapters.open(engine.adapters, self._names_of(engine))
+
     def attach(self, engine: Any) -> None:
         """The model is loaded: from now on requests are taken."""
+        self._open_adapters(engine)
         self._engine = engine
-        engine.metrics.rename(self.model_names[0])
         engine.metrics.watch("queued_samples", "Samples admitted, waiting or running.", lambda: self.admission.samples)
         engine.metrics.watch(
             "queued_prompt_tokens",
@@ -105,18 +123,35 @@ class Application:
     @property
     def model_names(self) -> tuple[str, ...]:
         """The names under which the model is listed; the first one is written into answers."""
+        return self._names_of(self.engine)
+
+    def _names_of(self, engine: Any) -> tuple[str, ...]:
         if self._served_names:
             return self._served_names
-        given = self.engine.config.model
+        given = engine.config.model
         # A folder's path is nobody's business but the operator's.
         return (Path(given).resolve().name if Path(given).is_dir() else given,)
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer under, or NotFound. No name means the one model that is served."""
+    def check_model(self, name: str | None, owner: str = "") -> str:
+        """The name to answer under, the base's or an adapter's, or NotFound. No name means the base. owner: the asking key,
+        for what jobs of other keys have made is not there."""
         known = self.model_names if self._served_names else (*self.model_names, self.engine.config.model)
         if not name or name in known:
             return self.model_names[0]
+        if name in self.adapters and self._sees(owner, name):
+            return name
         raise NotFound(f"The model `{name[:200]}` does not exist.", parameter="model")
+
+    def adapter_names(self, owner: str) -> list[str]:
+        """The adapters that a key may use."""
+        return [name for name in self.adapters.names() if self._sees(owner, name)]
+
+    def _sees(self, owner: str, name: str) -> bool:
+        return self.fine_tuning is None or self.fine_tuning.sees(owner, name)
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter behind a name that `check_model` gave; None: the base alone."""
+        return model if model not in self.model_names and model in self.adapters else None
 
     # requests
 
@@ -165,6 +200,7 @@ class Application:
         self.lifecycle.advance(Stage.STOPPED)
         if self.fine_tuning is not None:
             self.fine_tuning.close()
+        self.adapters.close()
         if self._engine is not None:
             self._engine.shutdown()
 

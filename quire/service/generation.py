@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from quire.errors import InvalidRequest, QuireError, Unavailable
+from quire.lora.request import LoRARequest
 from quire.request import CompletionOutput, RequestOutput
 from quire.service import logprobs
 from quire.service.admission import Ticket
@@ -105,6 +106,7 @@ class Generation:
             priority=self.request.priority,
             cache_salt=self.request.cache_salt,
             beam=prompt.beam,
+            lora_request=LoRARequest(self.request.adapter) if self.request.adapter else None,
         )
 
     def _observe(self, prompt_index: int, output: RequestOutput) -> None:

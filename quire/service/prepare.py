@@ -134,14 +134,15 @@ def _tokenize(request: TextRequest, engine: Any) -> list[tuple[str | None, list[
 
 
 def render(request: TextRequest, engine: Any) -> str:
-    """The conversation as the model's template writes it."""
+    """The conversation as the model's template writes it; an adapter may bring one of its own."""
     assert request.messages is not None
+    own = engine.adapters.get(request.adapter).chat_template if request.adapter else None
     return chat.render(
         engine.tokenizer,
         request.messages,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        chat_template=engine.config.chat_template,
+        chat_template=own or engine.config.chat_template,
         chat_template_kwargs=dict(request.chat_template_kwargs or {}),
     )
 

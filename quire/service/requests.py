@@ -34,6 +34,7 @@ class TextRequest:
     length_penalty: float = 1.0
     priority: int = 0
     cache_salt: str = ""
+    adapter: str | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False

@@ -109,7 +109,7 @@ def test_unknown_flag_of_serve(quire: Quire, flag: str, meant: str) -> None:
 
 
 def test_vllm_flags_that_are_not_built_say_so(quire: Quire) -> None:
-    ran = quire("serve", "--enable-lora")
+    ran = quire("serve", "--fully-sharded-loras")
     assert (ran.code, "does not do this yet" in ran.err) == (2, True)
 
 

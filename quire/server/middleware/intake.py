@@ -27,6 +27,8 @@ sends would reset the connection and the client would never see the answer."""
 DISCARD_SECONDS = 5.0
 UPLOADS = ("/v1/files",)
 """Paths that take a form with a file, under a limit of their own."""
+ADAPTERS = "/v1/adapters/"
+"""Below it, adapters are put as forms."""
 UPLOAD_SECONDS = 3600.0
 FORM_BYTES = 64 << 10
 """What a form may add to its file."""
@@ -41,15 +43,17 @@ class Intake:
         self._app, self._application, self._options = app, application, options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(self._options.root_path.rstrip("/"))
         headers = dict(scope["headers"])
-        upload = path in UPLOADS
+        adapter = scope["method"] == "PUT" and path.startswith(ADAPTERS)
+        upload = path in UPLOADS or adapter
         most, seconds = self._options.max_body_bytes, self._options.body_timeout
         if upload:
-            most, seconds = self._options.max_upload_bytes + FORM_BYTES, UPLOAD_SECONDS
+            largest = self._options.max_adapter_bytes if adapter else self._options.max_upload_bytes
+            most, seconds = largest + FORM_BYTES, UPLOAD_SECONDS
         body = _TimedBody(receive, self._options, most, seconds)
         await body.check_length(headers)
         if upload:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from quire.server.disconnect import unless_gone
 from quire.server.options import ServerOptions
+from quire.server.routes.openai import owner_of
 from quire.server.schema.answers import Shape
 from quire.server.schema.sampling import SamplingBody
 from quire.server.sse import EventStream
@@ -41,9 +42,9 @@ def options_of(request: Request) -> ServerOptions:
 async def generate(request: Request, body: SamplingBody, to_request: Callable[[str], TextRequest], layout: Layout) -> Response:
     """Run a generation and answer it."""
     application, options = application_of(request), options_of(request)
-    model = application.check_model(body.model)
+    model = application.check_model(body.model, owner_of(request))
     request_id = f"{layout.prefix}-{body.request_id or request.state.request_id}"
-    asked = to_request(request_id)
+    asked = replace(to_request(request_id), adapter=application.adapter_of(model))
     shape = _shape(request_id, model, body, options)
     ticket = request.state.ticket
     generation = await unless_gone(request, application.start(asked, ticket, stream=body.stream))

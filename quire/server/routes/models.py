@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Request
 
 from quire import presets
 from quire.server.routes.generate import application_of, options_of
+from quire.server.routes.openai import fine_tuning_of, owner_of
 from quire.service.application import Application
 
 router = APIRouter()
@@ -18,15 +20,23 @@ router = APIRouter()
 async def models(request: Request) -> dict[str, Any]:
     """The names of the model."""
     application = application_of(request)
-    return {"object": "list", "data": [_card(application, name) for name in application.model_names]}
+    names = [*application.model_names, *application.adapter_names(owner_of(request))]
+    return {"object": "list", "data": [_card(application, name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
     """One model."""
     application = application_of(request)
-    application.check_model(name)
-    return _card(application, name)
+    return _card(application, name if name in application.model_names else application.check_model(name, owner_of(request)))
+
+
+@router.delete("/v1/models/{name:path}")
+async def delete_model(request: Request, name: str) -> dict[str, Any]:
+    """Forget a model that one of the caller's jobs has made."""
+    house = fine_tuning_of(request)
+    await asyncio.to_thread(house.remove_model, owner_of(request), name)
+    return {"id": name, "object": "model", "deleted": True}
 
 
 @router.get("/v1/presets")
@@ -69,6 +79,17 @@ async def limits(request: Request) -> dict[str, Any]:
 
 def _card(application: Application, name: str) -> dict[str, Any]:
     given = application.engine.config.model
+    if application.adapter_of(name) is not None:
+        facts = application.adapters.card(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": facts["created"],
+            "owned_by": "quire",
+            "root": facts["root"],
+            "parent": facts["parent"],
+            "max_model_len": application.engine.plan.max_model_len,
+        }
     return {
         "id": name,
         "object": "model",

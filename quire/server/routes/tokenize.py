@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from quire.errors import InvalidRequest
 from quire.server.body import described, json_body
 from quire.server.routes.generate import application_of
+from quire.server.routes.openai import owner_of
 from quire.server.schema.tokenize import DetokenizeBody, TokenizeBody
 
 router = APIRouter()
@@ -18,8 +20,8 @@ router = APIRouter()
 async def tokenize(request: Request, body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))]) -> dict[str, Any]:
     """Token ids of a prompt or of a rendered conversation."""
     application = application_of(request)
-    application.check_model(body.model)
-    tokens = await application.tokenize(body.to_request(request.state.request_id))
+    adapter = application.adapter_of(application.check_model(body.model, owner_of(request)))
+    tokens = await application.tokenize(replace(body.to_request(request.state.request_id), adapter=adapter))
     engine = application.engine
     return {
         "count": len(tokens),
@@ -33,7 +35,7 @@ async def tokenize(request: Request, body: Annotated[TokenizeBody, Depends(json_
 async def detokenize(request: Request, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]) -> dict[str, Any]:
     """The text of token ids."""
     application = application_of(request)
-    application.check_model(body.model)
+    application.check_model(body.model, owner_of(request))
     vocabulary = application.engine.model_config.vocab_size
     outside = [token for token in body.tokens if not 0 <= token < vocabulary]
     if outside:
