@@ -5,6 +5,7 @@ Nothing is cut unless a maximum length was asked for, and then it says how much.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 from collections import Counter
@@ -101,7 +102,7 @@ def read_dataset(
 
 
 class Problems:
-    """The first of them, and how many there are."""
+    """The first of them by line, and how many there are."""
 
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
@@ -109,8 +110,8 @@ class Problems:
 
     def add(self, line: int, wrong: Wrong) -> None:
         self.count += 1
-        if len(self.first) < MOST_PROBLEMS:
-            self.first.append(Problem(line, wrong.field, wrong.message))
+        bisect.insort(self.first, Problem(line, wrong.field, wrong.message), key=lambda problem: problem.line)
+        del self.first[MOST_PROBLEMS:]
 
     def raise_if_any(self) -> None:
         if not self.count:
