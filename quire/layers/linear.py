@@ -53,10 +53,18 @@ class Linear(nn.Module):
 
 
 def products(x: Tensor, adapters: Tensor | None, *linears: Linear) -> list[Tensor]:
-    """[linear(x, adapters) for each]: to the same bits, in one call where their format knows how
-    (`format.together(linears, x)`)."""
+    """[linear(x, adapters) for each]: to the same bits, in one call where their formats know how
+    (`format.together(linears, x)`), and in one more for their adapters where these do
+    (`adapter.together(sockets, x, ys, adapters)`, None for a linear without)."""
     kinds = {type(linear.format) for linear in linears}
     together = getattr(linears[0].format, "together", None)
     if len(kinds) > 1 or together is None:
         return [linear(x, adapters) for linear in linears]
-    return [linear.finish(x, y, adapters) for linear, y in zip(linears, together(linears, x), strict=True)]
+    ys = together(linears, x)
+    sockets = [linear.adapter for linear in linears]
+    kinds = {type(socket) for socket in sockets if socket is not None}
+    added = getattr(next(iter(kinds)), "together", None) if len(kinds) == 1 else None
+    if adapters is None or added is None:
+        return [linear.finish(x, y, adapters) for linear, y in zip(linears, ys, strict=True)]
+    ys = added(sockets, x, ys, adapters)
+    return [y if linear.reduce is None else linear.reduce(y) for linear, y in zip(linears, ys, strict=True)]

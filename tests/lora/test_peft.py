@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.batch import packed
 from quire.lora.adapter import Adapter, read_adapter, write_adapter
+from quire.lora.dropout import Dropout
 from quire.lora.keys import tensors_of
-from tests.lora.cases import CASES, SEQUENCES, Case, loaded_by_peft, made_by_peft, our_logits, their_logits
+from quire.lora.slots import Slots
+from tests.lora.cases import BY_NAME, CASES, SEQUENCES, Case, loaded_by_peft, made_by_peft, our_logits, their_logits
 from tests.lora.conftest import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,3 +89,41 @@ def keyed(adapter: Adapter, of: Callable[[Tensor], Tensor], case: Case) -> dict[
         for module, part in adapter.parts.items()
     }
     return tensors_of(parts, replace(adapter.config, target_parameters=parameters))
+
+
+class GivenDropout(torch.nn.Module):
+    """In the place of PEFT's dropout: what Quire's drops."""
+
+    def __init__(self, name: str, dropout: Dropout) -> None:
+        super().__init__()
+        self.name, self.dropout = name, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.dropout.mask(self.name, x.shape[-2], x.shape[-1])
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "dora", "dora-biases"])
+def test_dropout_is_where_pefts_is(name: str, base_of: Callable[[str], Base], tmp_path: Path) -> None:
+    case = replace(BY_NAME[name], options=BY_NAME[name].options | {"lora_dropout": 0.3})
+    folder, model = base_of(case.base)
+    theirs = made_by_peft(case, folder).train()
+    theirs.save_pretrained(tmp_path)
+    dropout = Dropout(0.3)
+    dropout.key = "7"
+    for path, module in theirs.base_model.model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = GivenDropout(path, dropout)
+    ours = read_adapter(tmp_path, model).trained_further()
+    slots = Slots(model)
+    slot = slots.take()
+    slots.place(slot, ours)
+    slots.drop(slot, "7")
+    rows = packed(SEQUENCES[:1])
+    rows = replace(rows, adapters=torch.full((len(rows.tokens),), slot, dtype=torch.int32))
+    logits, expected = model.logits(model(rows), rows.adapters), theirs(torch.tensor(SEQUENCES[:1])).logits[0]
+    slots.give_back(slot)
+    torch.testing.assert_close(logits, expected, **NEAR)
+    (logits.square().mean() + expected.square().mean()).backward()
+    parameters = {key_of(key): value.grad for key, value in theirs.named_parameters() if value.requires_grad}
+    for key, gradient in keyed(ours, lambda tensor: tensor.grad, case).items():
+        torch.testing.assert_close(gradient, parameters[key], rtol=1e-3, atol=1e-4)
