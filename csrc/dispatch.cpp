@@ -22,7 +22,7 @@ struct Isas {
 #define ADD(isa)                                                            \
     add(#isa, [](quire::Kernels &k) {                                       \
         isa::add_linear(k), isa::add_rows(k), isa::add_attention(k);        \
-        isa::add_lora(k), isa::add_transposed(k);                           \
+        isa::add_lora(k), isa::add_transposed(k), isa::add_gradients(k);    \
     })
 
 #if defined(__x86_64__)
@@ -208,5 +208,20 @@ int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, c
 int quire_linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
                            const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride) {
     return kernels().linears_backward(count, weights, dy_type, type, rows, dys, dy_strides, dx, dx_stride);
+}
+
+int quire_rms_norm_backward(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                            const void *dy, int64_t dy_stride, const void *weight, float eps, float offset, void *dx) {
+    return kernels().rms_norm_backward(type, weight_type, rows, size, x, stride, dy, dy_stride, weight, eps, offset, dx);
+}
+
+int quire_layer_norm_backward(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                              const void *dy, int64_t dy_stride, const void *weight, float eps, void *dx) {
+    return kernels().layer_norm_backward(type, weight_type, rows, size, x, stride, dy, dy_stride, weight, eps, dx);
+}
+
+int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
+                              int64_t up_stride, const void *dy, int64_t dy_stride, void *dx, void *dup) {
+    return kernels().activation_backward(type, kind, rows, size, x, stride, up, up_stride, dy, dy_stride, dx, dup);
 }
 }

@@ -176,6 +176,17 @@ int quire_lora_backward(const quire_lora_table *table, int type, int64_t rows, c
 int quire_linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
                            const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride);
 
+/* ---- gradients.cpp: gradients of what acts on each row by itself -------------------------------------------------- */
+
+/* dy and results of the rows' type; results end to end. weight NULL (layer_norm): none. */
+int quire_rms_norm_backward(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                            const void *dy, int64_t dy_stride, const void *weight, float eps, float offset, void *dx);
+int quire_layer_norm_backward(int type, int weight_type, int64_t rows, int64_t size, const void *x, int64_t stride,
+                              const void *dy, int64_t dy_stride, const void *weight, float eps, void *dx);
+/* dx and dup may be NULL: not wanted. */
+int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
+                              int64_t up_stride, const void *dy, int64_t dy_stride, void *dx, void *dup);
+
 #ifdef __cplusplus
 }
 #endif
