@@ -11,7 +11,7 @@ Letters: T tokens, S sequences, H heads, K kv heads, D head size, N blocks, B bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch

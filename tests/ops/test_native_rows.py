@@ -150,13 +150,10 @@ def test_embedding(dtype: torch.dtype) -> None:
 def test_gradients_are_those_of_the_reference() -> None:
     """The forward pass is the kernel's also where gradients are wanted."""
     x, weight, bias = random(9, 20), random(20, seed=1), random(20, seed=2)
-    heads, angles = random(9, 2, 10), random(9, 4)
-    cases = [
+    cases = [  # what has kernels of its own stands below
         (lambda o, x, w: o.rms_norm(x, w, 1e-6, 1.0), (x, weight)),
         (lambda o, x, w, b: o.layer_norm(x, w, b, 1e-6), (x, weight, bias)),
-        (lambda o, x: o.rope(x, torch.cos(angles), torch.sin(angles)), (heads,)),
-        (lambda o, x: o.activation(x, "gelu"), (x,)),
-        (lambda o, x, y: o.gated_activation(x, y, "silu"), (x, x.flip(1))),
+        (lambda o, w: o.rms_norm(x, w, 1e-6, 0.0), (weight,)),
         (lambda o, x: o.embedding(torch.tensor([1, 1, 3]), x), (x,)),
     ]
     for function, tensors in cases:
@@ -169,6 +166,91 @@ def test_gradients_are_those_of_the_reference() -> None:
                 assert torch.equal(out, function(cpu, *tensors))
         for ours, theirs in zip(*gradients, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def exact_gradients(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    """In float64, by torch."""
+    leaves = [t.double().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, dy.double())
+
+
+def assert_gradients(
+    compute: Callable[..., Tensor], exact: Callable[..., Tensor], tensors: tuple[Tensor, ...], floor: float = 3e-6
+) -> None:
+    """compute(*tensors) on the kernels against exact(*tensors); alone, apart, and by any number of threads."""
+    dy = random(*compute(*tensors).shape, seed=9, dtype=tensors[0].dtype)
+
+    def gradients(rows: Tensor) -> list[Tensor]:
+        leaves = [t[rows].requires_grad_() for t in tensors]
+        return list(torch.autograd.grad(compute(*leaves, rows=rows), leaves, dy[rows]))
+
+    every = torch.arange(len(dy))
+    with threads(1):
+        found = gradients(every)
+    for got, expected in zip(found, exact_gradients(exact, tensors, dy), strict=True):
+        assert_near(got, expected, floor=floor)
+    for count in (1, 2):
+        with threads(count):
+            for rows in (every, every.flip(0), every[5:6], every[::3]):
+                assert all(torch.equal(one, all_of[rows]) for one, all_of in zip(gradients(rows), found, strict=True))
+    leaf = tensors[0].detach().clone().requires_grad_()
+    out = compute(leaf, *tensors[1:])
+    spread = torch.autograd.grad(out.sum(), leaf)[0]  # dy of one number, all strides 0
+    leaf = tensors[0].detach().clone().requires_grad_()
+    assert torch.equal(spread, torch.autograd.grad(compute(leaf, *tensors[1:]), leaf, torch.ones_like(out))[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 80, 896])
+def test_gradients_of_norms(size: int, dtype: torch.dtype) -> None:
+    x, weight, bias = random(19, size, dtype=dtype) * 3 + 0.5, random(size, seed=1, dtype=dtype), random(size, seed=2)
+    wide = weight.double()
+
+    def rms(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + wide)
+
+    def layer(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+
+    floor = 3e-5 if size > 1 else 1e-3  # of one number nothing is left but the rounding of a difference
+    assert_gradients(lambda x, rows=None: cpu.rms_norm(x, weight, 1e-3, 1.0), rms, (x,), floor)
+    assert_gradients(lambda x, rows=None: cpu.layer_norm(x, None, None, 1e-2), layer, (x,), floor)
+    assert_gradients(lambda x, rows=None: cpu.layer_norm(x, weight, bias, 1e-2), lambda x: layer(x) * wide, (x,), floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_activations(kind: str, dtype: torch.dtype) -> None:
+    for size in (1, 77):
+        x = torch.cat([random(23, size) * 3, torch.linspace(-60, 60, 4 * size).view(4, size)]).to(dtype)
+        up = random(27, size, seed=3, dtype=dtype)
+        assert_gradients(lambda x, rows=None: cpu.activation(x, kind), KINDS[kind], (x,))
+        assert_gradients(lambda x, u, rows=None: cpu.gated_activation(x, u, kind), lambda x, u: KINDS[kind](x) * u, (x, up))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_activations_far_out(kind: str) -> None:
+    x = torch.tensor([[-1e30, -3e4, -1e3, -200.0, 200.0, 1e3, 3e4, 1e30]]).requires_grad_()
+    gradient = torch.autograd.grad(cpu.activation(x, kind).sum(), x)[0]
+    assert torch.equal(gradient, (x > 0).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_rope(dtype: torch.dtype) -> None:
+    for half, size in ((3, 14), (32, 64)):
+        angles = random(19, half) * 100
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        every = torch.arange(19)
+
+        def turned(x: Tensor, rows: Tensor = every) -> Tensor:
+            return cpu.rope(x, cos[rows], sin[rows])  # noqa: B023
+
+        def exact(x: Tensor) -> Tensor:
+            first, second, c, s = x[..., :half], x[..., half : 2 * half], cos.double()[:, None], sin.double()[:, None]  # noqa: B023
+            return torch.cat([first * c - second * s, second * c + first * s, x[..., 2 * half :]], -1)  # noqa: B023
+
+        assert_gradients(turned, exact, (random(19, 3, size, dtype=dtype),))
 
 
 def test_fused_instruction_sets_agree_to_the_bit(isa: str) -> None:

@@ -1,7 +1,7 @@
 """Row operations by the native kernels (csrc/rows.cpp).
 
-Where a gradient is wanted the forward pass is the same kernel, and the backward pass derives the reference's formula: its
-order of summation carries no promise.
+Where a gradient is wanted the forward pass is the same kernel. Backward, rows have kernels of their own (gradients.py); for the
+rest the reference's formula is derived: its order of summation carries no promise.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.cpu import gradients
+from quire.ops.cpu.gradients import KINDS, as_rows
 from quire.ops.cpu.library import TYPES, address, call
 from quire.ops.reference import rows as reference
-
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 class _Derived(torch.autograd.Function):
@@ -41,10 +41,53 @@ class _Derived(torch.autograd.Function):
         return None, None, *(found.get(n) for n in range(len(arguments)))
 
 
+class _Rows(torch.autograd.Function):
+    """compute(*arguments), with the gradients of its first tensors by gradient(dy, *arguments)."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Tensor], gradient: Callable[..., Any], *arguments: Any) -> Tensor:
+        ctx.gradient = gradient
+        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
+        ctx.places = [n for n, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        ctx.save_for_backward(*(arguments[n] for n in ctx.places))
+        return compute(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = list(ctx.others)
+        for n, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+            arguments[n] = saved
+        found = ctx.gradient(grad, *arguments)
+        return None, None, *found, *[None] * (len(arguments) - len(found))
+
+
+def _wanted(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def _run(compute: Callable[..., Tensor], meaning: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+    if torch.is_grad_enabled() and _wanted(arguments):
+        rows, gradient = GRADIENTS.get(meaning, (0, None))
+        if gradient is not None and not _wanted(arguments[rows:]):
+            return _Rows.apply(compute, gradient, *arguments)
         return _Derived.apply(compute, meaning, *arguments)
     return compute(*arguments)
+
+
+def _rope_gradient(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    """Turned back."""
+    del x
+    return (_rope(dy, cos, -sin),)
+
+
+# By the reference: how many of the first arguments are rows, and the kernel of their gradients.
+GRADIENTS: dict[Callable[..., Tensor], tuple[int, Callable[..., tuple[Tensor, ...]]]] = {
+    reference.rms_norm: (1, gradients.rms_norm),
+    reference.layer_norm: (1, gradients.layer_norm),
+    reference.rope: (1, _rope_gradient),
+    reference.activation: (1, gradients.activation),
+    reference.gated_activation: (2, gradients.gated_activation),
+}
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
@@ -91,7 +134,7 @@ def _embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    x, rows, stride = _as_rows(x)
+    x, rows, stride = as_rows(x)
     weight = weight.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call(
@@ -111,7 +154,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    x, rows, stride = _as_rows(x)
+    x, rows, stride = as_rows(x)
     given = [t.contiguous() for t in (weight, bias) if t is not None]
     if len({t.dtype for t in given}) > 1:
         weight, bias = (t.float() for t in given)
@@ -165,22 +208,11 @@ def _gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def _activate(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    x, rows, stride = _as_rows(x)
+    x, rows, stride = as_rows(x)
     other = (None, 0)
     if up is not None:
-        up, _, up_stride = _as_rows(up)
+        up, _, up_stride = as_rows(up)
         other = up.data_ptr(), up_stride
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call("activation", TYPES[x.dtype], KINDS[kind], rows, x.shape[-1], x.data_ptr(), stride, *other, out.data_ptr())
     return out
-
-
-def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x, copied if its rows do not lie at one distance; the number of rows and that distance."""
-    if x.dim() == 2:
-        stride, last = x.stride()
-        if last == 1:
-            return x, len(x), stride
-    x = x.contiguous()
-    size = x.shape[-1]
-    return x, x.numel() // size if size else 0, size
