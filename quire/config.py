@@ -99,6 +99,9 @@ class EngineConfig:
     """Adapters that are kept in memory; others are read from their folders when they are needed. If not given, max_loras."""
     lora_dtype: str = AUTO
     """Type of adapters: float32, on every base (auto is the same)."""
+    packed_cache: str = "off"
+    """Keep packed (and quantized) weights for a quicker next start: off, auto (in the user's cache folder) or a folder. Takes
+    as much disk as the weights; QUIRE_PACKED_CACHE_BYTES limits it."""
     disable_log_stats: bool = False
     """Do not log throughput and cache use every ten seconds."""
 
@@ -132,6 +135,8 @@ class EngineConfig:
             _whole(name, getattr(self, name), 1)
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be 1, got {getattr(self, name)}: ranks are not built yet.")
+        if not isinstance(self.packed_cache, str) or not self.packed_cache:
+            raise ConfigError(f"packed_cache must be off, auto or a folder, got {self.packed_cache!r}.")
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)
         self._check_lora()

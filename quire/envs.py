@@ -61,3 +61,13 @@ def cache_dir() -> Path:
 def data_dir() -> Path:
     """QUIRE_DATA: where a server keeps files, jobs and trained adapters if --data-dir is not given."""
     return Path(os.environ.get("QUIRE_DATA") or Path.home() / ".local" / "share" / "quire")
+
+
+def packed_cache_bytes() -> int:
+    """QUIRE_PACKED_CACHE_BYTES: how large the folder of packed weights may grow before the oldest go."""
+    given = os.environ.get("QUIRE_PACKED_CACHE_BYTES", "")
+    if not given:
+        return 64 << 30
+    if not given.isdigit():
+        raise ConfigError(f"QUIRE_PACKED_CACHE_BYTES must be a whole number of bytes, got {given!r}.")
+    return int(given)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from quire.cli.ahead import begin
 from quire.cli.command import SectionedCommand, json_flag
 from quire.cli.flags import HumanInteger, build, options_of, with_options
 from quire.config import EngineConfig
@@ -58,17 +59,25 @@ def command(model: str, memory: int | None, cores: int | None, as_json: bool, **
     return 0
 
 
-def plan_local(config: EngineConfig) -> Plan | None:
-    """The plan of a model whose files are on this machine, None where a hub would have to be asked. Raises DoesNotFit."""
+def local_folder(model: str) -> Path | None:
+    """The folder of a model whose files are on this machine, None where a hub would have to be asked."""
     from quire.weights.hub import EMBEDDED
 
-    folders = (Path(config.model).expanduser(), EMBEDDED / config.model)
-    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    folders = (Path(model).expanduser(), EMBEDDED / model)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def plan_local(config: EngineConfig) -> Plan | None:
+    """Before a model is loaded: its plan, if its files are on this machine and no hub has to be asked, and what can be begun
+    ahead of torch. Raises DoesNotFit."""
+    folder = local_folder(config.model)
     if folder is None:
         return None
     shape = read_model_config(folder)
     weights, _ = stored_weights(folder, shape)
-    return make_plan(config, shape, weights, probe())
+    plan = make_plan(config, shape, weights, probe())
+    begin(config, folder, plan)
+    return plan
 
 
 def stored_weights(folder: Path, model: ModelConfig) -> tuple[WeightSizes, str]:

@@ -113,7 +113,10 @@ class Packing:
         return True
 
     def _set(self, linear: Linear, weight: Weight) -> None:
-        packed = ops.pack(weight)
+        self.set_packed(linear, ops.pack(weight))
+
+    def set_packed(self, linear: Linear, packed: Any) -> None:
+        """A linear of the model gets its packed weight; a head that is tied shares it with the token table."""
         set_packed(linear, packed)
         if linear is self.model.lm_head and self.tied:
             self.model.table.format = PackedTable(packed, self.dtype)
@@ -124,6 +127,24 @@ def set_packed(linear: Linear, packed: Any) -> None:
     """Let `linear` multiply by a packed weight and forget its own."""
     linear.format = PackedProduct(packed)
     linear.weight = None
+
+
+def stores_packed() -> bool:
+    """Whether packed weights can be taken apart and put together again."""
+    return ops.stores_packed()
+
+
+def parts_of(packed: Any) -> tuple[Mapping[str, int], dict[str, Tensor]]:
+    """(plain numbers, tensors) that a packed weight consists of."""
+    return ops.packed_parts(packed)
+
+
+def linear_from_parts(linear: Linear, facts: Mapping[str, int], parts: Mapping[str, Tensor]) -> Any:
+    """The packed weight of a linear. Raises ValueError if the parts are none, or those of another one."""
+    packed = ops.packed_from_parts(facts, parts)
+    if tuple(packed.shape) != (linear.outputs, linear.inputs):
+        raise ValueError(f"a weight has shape {list(packed.shape)} where the model has {[linear.outputs, linear.inputs]}")
+    return packed
 
 
 def unused(name: str) -> bool:

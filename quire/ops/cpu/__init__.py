@@ -2,8 +2,8 @@
 
 from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
-from quire.ops.cpu.parts import packed_from_parts, packed_parts
 from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
+from quire.ops.cpu.parts import packed_from_parts, packed_parts
 from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
