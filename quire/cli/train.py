@@ -12,13 +12,19 @@ import click
 from quire import log
 from quire.cli.command import SectionedCommand, SectionedOption, json_flag
 from quire.cli.flags import HumanInteger, build, options_of, with_options
-from quire.config import DTYPES, QUANTIZATIONS
+from quire.config import DTYPES, QUANTIZATIONS, EngineConfig
 from quire.errors import ConfigError
 from quire.train.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from quire.train.door import Prepared
+    from collections.abc import Sequence
 
+    from quire.lora.parts import Adapter
+    from quire.lora.slots import Slots
+    from quire.train.door import Prepared
+    from quire.train.run import Sampler
+
+SAMPLE_TOKENS = 128
 SECTIONS = {
     "Adapter": (
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias", "use_rslora", "use_dora",
@@ -139,12 +145,12 @@ def _say_cost(prepared: Prepared, as_json: bool) -> None:
 def _train(prepared: Prepared, output: Path, resume: bool, as_json: bool) -> None:
     from quire.train.door import train_prepared
 
-    sampler = None
+    slots = sampler = None
     if prepared.config.sample_steps:
         if prepared.validation is None:
             raise ConfigError("--sample-steps needs --validation or --validation-split: its prompts are answered.")
-        sampler = _sampler(prepared)
-    done = train_prepared(prepared, output, resume=resume, sampler=sampler)
+        slots, sampler = _engine(prepared)
+    done = train_prepared(prepared, output, resume=resume, slots=slots, sampler=sampler)
     if as_json:
         click.echo(json.dumps({**asdict(done), "output_dir": str(done.output_dir)}, indent=2))
     elif done.finished:
@@ -155,6 +161,33 @@ def _train(prepared: Prepared, output: Path, resume: bool, as_json: bool) -> Non
         raise click.Abort
 
 
-def _sampler(prepared: Prepared) -> Any:
-    """Answers by the paged engine on the model that trains."""
-    raise ConfigError(f"--sample-steps is not built yet, got {prepared.config.sample_steps}.")
+def _engine(prepared: Prepared) -> tuple[Slots, Sampler]:
+    """The paged engine on the model that trains, and how it answers prompts with the adapter as it is by then."""
+    from quire.config import LORA_RANKS
+    from quire.engine.llm import LLM
+    from quire.lora.request import LoRARequest
+    from quire.request import SamplingParams
+
+    config, most = prepared.config, prepared.shape.max_position_embeddings
+    length = min(most, prepared.longest + SAMPLE_TOKENS)
+    ranks = [rank for rank in LORA_RANKS if rank >= max(config.r, *config.lora_config().rank_pattern.values(), 1)]
+    llm = LLM(
+        prepared.model,
+        revision=prepared.revision,
+        dtype=prepared.dtype,
+        quantization=prepared.quantization,
+        enable_lora=True,
+        max_lora_rank=(ranks or [max(LORA_RANKS)])[0],
+        max_model_len=length,
+        max_num_seqs=config.sample_prompts,
+        num_gpu_blocks_override=config.sample_prompts * -(-length // EngineConfig.block_size),
+    )
+
+    def sample(adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[str]:
+        llm.add_adapter("in training", adapter, replace=True)
+        params = SamplingParams(temperature=0.0, max_tokens=SAMPLE_TOKENS)
+        adapters = LoRARequest("in training")
+        outputs = llm.generate([list(prompt) for prompt in prompts], params, use_tqdm=False, lora_request=adapters)
+        return [output.outputs[0].text for output in outputs]
+
+    return llm.slots, sample

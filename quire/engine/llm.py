@@ -40,6 +40,8 @@ class LLM(AdapterControls):
         self.config, self.model_config, self.plan = started.config, started.model_config, started.plan
         self._engine, self._intake, self._tokenizer = started.engine, started.intake, started.tokenizer
         self._defaults = started.default_sampling
+        self.slots = started.slots
+        """The model's, for adapters that train on it."""
         self._adapters = started.adapters
         if self._adapters is not None:
             self._adapters.on_change = self._engine.sweep

@@ -32,6 +32,7 @@ from quire.weights.files import weight_sizes
 from quire.weights.hub import resolve
 
 if TYPE_CHECKING:
+    from quire.lora.slots import Slots
     from quire.train.estimate import Estimate
     from quire.train.run import Sampler, TrainingRun
 
@@ -55,6 +56,12 @@ class Prepared:
     dtype: str
     quantization: str | None
     chat_template: str | None
+    revision: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(dataset.longest for dataset in (self.training, self.validation) if dataset is not None)
 
     def notes(self) -> list[str]:
         """What a user should know of the data."""
@@ -87,18 +94,20 @@ def train(
     *,
     validation: Data | None = None,
     resume: bool = False,
-    sampler: Callable[[Any], Sampler] | None = None,
+    slots: Slots | None = None,
+    sampler: Sampler | None = None,
     show: bool = True,
     **options: Any,
 ) -> Trained:
     """Train an adapter for `model` (a folder, a hub id or quire-tiny) on a JSONL file, or on a list of rows.
 
     options: those of `prepare` and TrainingConfig, under the names of transformers, peft and trl. resume: go on where the
-    run in `output_dir` stopped, to the same bytes. sampler: given the loaded model, gives a function that answers prompts.
+    run in `output_dir` stopped, to the same bytes. slots: of this model, if it is loaded already (`LLM.slots`). sampler:
+    answers prompts with an adapter, for `sample_steps`.
     Raises DataError with all bad lines, ConfigError, AdapterError, DoesNotFit, ModelError.
     """
     prepared = prepare(model, data, validation, **options)
-    return train_prepared(prepared, Path(output_dir), resume=resume, sampler=sampler, show=show)
+    return train_prepared(prepared, Path(output_dir), resume=resume, slots=slots, sampler=sampler, show=show)
 
 
 def prepare(
@@ -214,21 +223,24 @@ def _trainable(tree: Any, config: TrainingConfig) -> int:
     return total
 
 
-def open_run(prepared: Prepared, output: Path, *, resume: bool, sampler: Callable[[Any], Sampler] | None) -> TrainingRun:
-    """The model loaded, and a run on it that begins, or goes on."""
+def open_run(
+    prepared: Prepared, output: Path, *, resume: bool, slots: Slots | None = None, sampler: Sampler | None = None
+) -> TrainingRun:
+    """The model loaded, if it is not, and a run on it that begins, or goes on."""
     from quire.assemble import assemble
     from quire.lora.base import base_digest
     from quire.lora.slots import Slots
     from quire.train.run import TrainingRun
 
     check_output(output, resume)
-    longest = max(dataset.longest for dataset in (prepared.training, prepared.validation) if dataset is not None)
-    model = assemble(prepared.folder, prepared.shape.for_length(longest), prepared.dtype, prepared.quantization)
+    if slots is None:
+        shape = prepared.shape.for_length(prepared.longest)
+        slots = Slots(assemble(prepared.folder, shape, prepared.dtype, prepared.quantization))
     template = prepared.chat_template or prepared.tokenizer.chat_template
     begin = TrainingRun.resume if resume else TrainingRun
     return begin(
-        model,
-        Slots(model),
+        slots.model,
+        slots,
         prepared.config,
         prepared.training.examples,
         () if prepared.validation is None else prepared.validation.examples,
@@ -239,7 +251,7 @@ def open_run(prepared: Prepared, output: Path, *, resume: bool, sampler: Callabl
             "special_tokens": dict(prepared.tokenizer.special_tokens),
         },
         base_name=prepared.model,
-        sampler=None if sampler is None else sampler(model),
+        sampler=sampler,
         decode=lambda ids: prepared.tokenizer.decode(list(ids), skip_special_tokens=False),
     )
 
@@ -256,7 +268,13 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def train_prepared(
-    prepared: Prepared, output: Path, *, resume: bool, sampler: Callable[[Any], Sampler] | None = None, show: bool = True
+    prepared: Prepared,
+    output: Path,
+    *,
+    resume: bool = False,
+    slots: Slots | None = None,
+    sampler: Sampler | None = None,
+    show: bool = True,
 ) -> Trained:
     """The run itself: with a progress bar, stopped cleanly by Ctrl-C."""
     from quire.train.show import Progress, say
@@ -267,7 +285,7 @@ def train_prepared(
     warning = cost.warning(prepared.training.supervised)
     if warning is not None:
         log.warning("%s", warning)
-    run = open_run(prepared, output, resume=resume, sampler=sampler)
+    run = open_run(prepared, output, resume=resume, slots=slots, sampler=sampler)
     try:
         trainable = len(run.flat)
         say(
