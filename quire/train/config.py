@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from quire.errors import ConfigError, did_you_mean
+from quire.errors import AdapterError, ConfigError, did_you_mean
 from quire.lora.config import ALL_LINEAR, LoraConfig, parse_lora_config
 
 METHODS = ("supervised", "dpo")
@@ -173,7 +173,10 @@ class TrainingConfig:
             )
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
             raise ConfigError("lr_scheduler_type must be constant_with_warmup where there is a warm-up, got 'constant'.")
-        self.lora_config()
+        try:
+            self.lora_config()
+        except AdapterError as error:
+            raise ConfigError(str(error)) from None
 
     def _check_numbers(self) -> None:
         for name, low in (
@@ -234,7 +237,7 @@ class TrainingConfig:
         return cls(**chosen)
 
     def lora_config(self) -> LoraConfig:
-        """The adapter's configuration in PEFT's words. Raises AdapterError, ConfigError."""
+        """The adapter's configuration in PEFT's words."""
         own = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
         twice = sorted(set(self.lora) & {*own, "target_modules", "exclude_modules", "modules_to_save"})
         if twice:
