@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from quire.errors import ConfigError, InvalidRequest
+from quire.errors import ConfigError, InvalidRequest, NotFound
 from quire.log import logger
 from quire.service.blobs import Blobs
 from quire.service.files import Files
-from quire.service.job_request import JobRequest
+from quire.service.job_request import JobRequest, resolved, training_config
 from quire.service.jobs import Job, Jobs
 from quire.service.store import Store
 
@@ -37,12 +37,16 @@ class FineTuning:
         self.files = Files(self._store, Blobs(folder))
         self.jobs = Jobs(self._store, self.files, most_unfinished)
         self._names: tuple[str, ...] = ()
+        self._most_rank = 0
         self._trainer: Trainer | None = None
 
     def attach(self, engine: Any, names: Sequence[str]) -> None:
         """The model is loaded under `names`: serve what was trained on it, go on with the jobs that were not finished."""
         from quire.service.trainer import Trainer
 
+        if engine.adapters is None:
+            raise ConfigError("enable_fine_tuning needs enable_lora: what is trained could not be served.")
+        self._most_rank = engine.config.max_lora_rank
         self._names = tuple(names)
         self._trainer = Trainer(engine, self.jobs, self.files, self.folder, self.latency_budget, self.most_training)
         self._trainer.start()
@@ -56,7 +60,28 @@ class FineTuning:
                 parameter="model",
                 code="model_not_available",
             )
+        config = training_config(request, resolved(request.hyperparameters, 1), 0).lora_config()
+        rank = max((config.r, *config.rank_pattern.values()))
+        if rank > self._most_rank:
+            raise InvalidRequest(
+                f"lora.r must be at most {self._most_rank} on this server (--max-lora-rank), got {rank}.", parameter="lora.r"
+            )
         return self.jobs.create(owner, request, base_part(self._names[0]))
+
+    @property
+    def training(self) -> int:
+        """Jobs whose runs are in memory."""
+        return 0 if self._trainer is None else self._trainer.num_active
+
+    def sees(self, owner: str, name: str) -> bool:
+        """Whether `owner` may use the adapter `name`: all but what jobs of other keys have made."""
+        return not name.startswith("ft:") or self.jobs.model(owner, name) is not None
+
+    def remove_model(self, owner: str, name: str) -> None:
+        """Serve a model that a job of `owner` made no longer, and forget its files. Raises NotFound."""
+        if self.jobs.model(owner, name) is None or self._trainer is None:
+            raise NotFound(f"The model `{name[:200]}` does not exist.", parameter="model")
+        self._trainer.remove_model(name)
 
     def close(self) -> None:
         """Stop training where it stands and close the folder; what was told is on the disk already."""

@@ -16,17 +16,24 @@ from quire.train.data import Dataset, read_dataset, shared_rows
 from quire.train.rows import PAIRS, Wrong, layout_of
 
 FEWEST_ROWS = 10
+MOST_LINES_TOLD = 100
 
 
 class JobFailed(Exception):
-    """A job cannot go on. code, parameter: as in `job.error`."""
+    """A job cannot go on. code, parameter: as in `job.error`. problems: of its files, line by line."""
 
-    def __init__(self, message: str, code: str, parameter: str | None) -> None:
+    def __init__(self, message: str, code: str, parameter: str | None, problems: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.message, self.code, self.parameter = message, code, parameter
+        self.problems = problems
 
     def as_dict(self) -> dict[str, Any]:
         return {"code": self.code, "message": self.message, "param": self.parameter}
+
+    def event_data(self) -> dict[str, Any]:
+        """The same with every bad line as values."""
+        listed = [{"line": found.line, "field": found.field, "message": found.message} for found in self.problems]
+        return {**self.as_dict(), **({"problems": listed} if listed else {})}
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def _read(request: JobRequest, place: str, path: Path, config: TrainingConfig, e
             name=file,
         )
     except DataError as error:
-        raise JobFailed(f"{opening} Invalid file format. {_told(error)}", f"invalid_{place}", place) from None
+        raise JobFailed(f"{opening} Invalid file format. {_told(error)}", f"invalid_{place}", place, error.problems) from None
     except ConfigError as error:
         raise JobFailed(f"{opening} {_mismatch(file, path, config) or error}", f"invalid_{place}", place) from None
 
@@ -101,8 +108,9 @@ def _read(request: JobRequest, place: str, path: Path, config: TrainingConfig, e
 def _told(error: DataError) -> str:
     if not error.problems:
         return error.message
-    lines = " ".join(f"{str(problem)[:1].upper()}{str(problem)[1:]}" for problem in error.problems)
-    more = error.count - len(error.problems)
+    told = error.problems[:MOST_LINES_TOLD]
+    lines = " ".join(f"{str(problem)[:1].upper()}{str(problem)[1:]}" for problem in told)
+    more = error.count - len(told)
     return f"{error.count:,} problem(s). {lines}" + (f" And {more:,} more." if more > 0 else "")
 
 

@@ -135,7 +135,9 @@ def training_config(request: JobRequest, hyperparameters: Mapping[str, Any], see
     """The run that a request describes. Raises ConfigError, AdapterError."""
     peft = {name: value for name, value in request.lora.items() if name not in TrainingConfig.__dataclass_fields__}
     own = {name: value for name, value in request.lora.items() if name not in peft}
-    rate = own.pop("learning_rate", BASE_LEARNING_RATE) * hyperparameters["learning_rate_multiplier"]
+    rate = own.pop("learning_rate", BASE_LEARNING_RATE)
+    if type(rate) in (int, float):  # what is no number is told by the run's own check
+        rate *= hyperparameters["learning_rate_multiplier"]
     if request.method == "dpo":
         own["beta"] = hyperparameters["beta"]
     return TrainingConfig.of(

@@ -108,6 +108,10 @@ class Trainer:
             except Exception:
                 log.exception("job %s: no checkpoint at the end", active.id)
 
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
     def remove_model(self, name: str) -> None:
         """Serve a trained model no longer and forget its files."""
         rows = [row for row in self._jobs.models() if row["name"] == name]
@@ -397,7 +401,7 @@ class Trainer:
 
     def _fail(self, id: str, error: JobFailed, allowed: tuple[str, ...]) -> None:
         facts = {"error": error.as_dict(), "finished_at": now(), "estimated_finish": None}
-        if self._jobs.move(id, allowed, "failed", facts, [Event(error.message, level="error", data=error.as_dict())]):
+        if self._jobs.move(id, allowed, "failed", facts, [Event(error.message, level="error", data=error.event_data())]):
             log.warning("job %s failed: %s", id, error.message[:300])
             self._clean(id)
 

@@ -21,7 +21,7 @@ from quire.train.examples import Example
 from quire.train.rows import PAIRS, Problem, Row, Wrong, layout_of, read_row
 from quire.train.tokens import Encoder
 
-MOST_PROBLEMS = 20
+MOST_PROBLEMS, MOST_KEPT = 20, 1000
 BUCKETS = 8
 
 
@@ -111,13 +111,14 @@ class Problems:
     def add(self, line: int, wrong: Wrong) -> None:
         self.count += 1
         bisect.insort(self.first, Problem(line, wrong.field, wrong.message), key=lambda problem: problem.line)
-        del self.first[MOST_PROBLEMS:]
+        del self.first[MOST_KEPT:]
 
     def raise_if_any(self) -> None:
         if not self.count:
             return
-        lines = "\n".join(f"  {problem}" for problem in self.first)
-        more = f"\n  and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        told = self.first[:MOST_PROBLEMS]
+        lines = "\n".join(f"  {problem}" for problem in told)
+        more = f"\n  and {self.count - len(told):,} more" if self.count > len(told) else ""
         plural = "problem" if self.count == 1 else "problems"
         raise DataError(f"{self.name} has {self.count:,} {plural}; nothing was trained:\n{lines}{more}", self.first, self.count)
 

@@ -24,6 +24,24 @@ def engine(tiny_llama: Path) -> Iterator[AsyncEngine]:
 
 
 @pytest.fixture(scope="session")
+def trainer_engine(tiny_llama: Path) -> Iterator[AsyncEngine]:
+    """An engine that serves adapters, for servers that train."""
+    config = EngineConfig(
+        model=str(tiny_llama),
+        dtype="float32",
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=96,
+        enable_lora=True,
+        max_loras=3,
+        max_cpu_loras=4,
+    )
+    made = AsyncEngine.from_config(config)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="session")
 def server(engine: AsyncEngine) -> Iterator[RunningServer]:
     with RunningServer(engine, served_model_name=("tiny", "other-name")) as running:
         yield running

@@ -18,9 +18,9 @@ LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
 
 
 @pytest.fixture(scope="module")
-def keyed(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def keyed(trainer_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("files")
-    with RunningServer(engine, data_dir=str(folder), api_key=("one", "two"), max_upload_bytes=100_000) as running:
+    with RunningServer(trainer_engine, data_dir=str(folder), api_key=("one", "two"), max_upload_bytes=100_000) as running:
         yield running
         running.application.fine_tuning.close()
 
@@ -163,8 +163,8 @@ def test_a_server_without_fine_tuning_says_so(server: RunningServer) -> None:
     assert "--enable-fine-tuning" in str(caught.value)
 
 
-def test_foreign_pages_cannot_upload(engine: Any, tmp_path: Path) -> None:
-    with RunningServer(engine, data_dir=str(tmp_path), insecure=True) as running:
+def test_foreign_pages_cannot_upload(trainer_engine: Any, tmp_path: Path) -> None:
+    with RunningServer(trainer_engine, data_dir=str(tmp_path), insecure=True) as running:
         form = {"content-type": "multipart/form-data; boundary=b", "origin": "http://evil.example"}
         assert httpx.post(f"{running.url}/v1/files", content=b"", headers=form).status_code == 403
         running.application.fine_tuning.close()
