@@ -21,11 +21,14 @@ from quire.lora.adapter import Adapter, read_adapter
 from quire.lora.combine import Combination, combine
 from quire.lora.request import check_name
 from quire.lora.slots import Slots
+from quire.weights.memory import give_back_freed
 
 log = logger(__name__)
 MOST_REGISTERED = 4096
 # So many requests whose adapter is in memory may begin before one that came first and waits for memory.
 MOST_PASSES = 32
+# After a content was dropped, its slot is emptied between two steps; then its memory can go back to the system.
+SETTLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class AdapterManager:
         """Contents with a folder that are in memory or being read, least recently used first."""
         self._queue: deque[Lease] = deque()
         self._changed = threading.Condition()
+        self._dropped: float | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -127,6 +131,7 @@ class AdapterManager:
             facts = self.get(name)
             del self._names[name]
             self._drop_if_unused(facts.digest)
+            self._advance()
         log.info("adapter %s removed", name)
         self.on_change()
         return facts
@@ -303,6 +308,8 @@ class AdapterManager:
             return
         del self._contents[digest]
         self._kept.pop(digest, None)
+        self._dropped = time.monotonic()
+        self._start_thread()
         self._changed.notify_all()
 
     def _check_free(self, name: str, replace: bool) -> None:
@@ -346,27 +353,44 @@ class AdapterManager:
             self._thread.start()
 
     def _read_all(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and not any(content.loading for content in self._contents.values()):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                content = next(content for content in self._contents.values() if content.loading)
-            adapter, error = None, None
-            try:
-                assert content.folder is not None
-                adapter = self.read(content.folder)
-            except QuireError as found:
-                error = found
-            except Exception as found:
-                log.exception("reading the adapter in %s failed", content.folder)
-                error = AdapterError(f"the adapter cannot be read: {type(found).__name__}.")
-            with self._changed:
-                self._take(content, adapter, error)
-                self._advance()
-                self._drop_if_unused(content.digest)
-            self.on_change()
+        # What is read stays in no variable of this frame: while it waits, that would keep an adapter alive.
+        while not self._closed:
+            self._read_next()
+
+    def _read_next(self) -> None:
+        with self._changed:
+            digest = self._next_to_read()
+            content = None if digest is None else self._contents[digest]
+        if content is None:
+            give_back_freed()
+            return
+        adapter, error = None, None
+        try:
+            assert content.folder is not None
+            adapter = self.read(content.folder)
+        except QuireError as found:
+            error = found
+        except Exception as found:
+            log.exception("reading the adapter in %s failed", content.folder)
+            error = AdapterError(f"the adapter cannot be read: {type(found).__name__}.")
+        with self._changed:
+            self._take(content, adapter, error)
+            self._advance()
+            self._drop_if_unused(content.digest)
+        self.on_change()
+
+    def _next_to_read(self) -> str | None:
+        """Wait for a content that is to be read; None: contents were dropped a moment ago, and memory is to be given back."""
+        while not self._closed:
+            digest = next((content.digest for content in self._contents.values() if content.loading), None)
+            if digest is not None:
+                return digest
+            left = None if self._dropped is None else self._dropped + SETTLE_SECONDS - time.monotonic()
+            if left is not None and left <= 0:
+                self._dropped = None
+                return None
+            self._changed.wait(left)
+        return None
 
     def _take(self, content: _Content, adapter: Adapter | None, error: QuireError | None) -> None:
         """What the thread has read, or why it could not."""

@@ -32,7 +32,7 @@ from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.server.options import ServerOptions
 from quire.server.app import serve
-import quire.server.serve as serving
+import quire.service.application as serving
 
 load = serving.load_engine
 

@@ -26,6 +26,7 @@ class StandIn:
     def __init__(self, **config: Any) -> None:
         self.config = EngineConfig(**{"model": "org/name", **config})
         self.metrics = Metrics("org/name")
+        self.adapters = None
         self.default_sampling = {"temperature": 0.6, "top_p": 0.8, "top_k": 20}
         self.signs = SimpleNamespace(alive=True, running=0, waiting=0, steps=0, age_s=0.0, backlog_tokens=0)
 
