@@ -13,6 +13,7 @@ from typing import Any
 
 from quire.errors import AdapterError, did_you_mean
 from quire.log import logger
+from quire.lora.patterns import problem_of
 
 log = logger(__name__)
 
@@ -243,6 +244,8 @@ def _names(raw: Mapping[str, Any], name: str, *, single: bool = False) -> tuple[
         return None
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(one, str) and one for one in value):
         raise _wrong(name, value, "a list of names or null")
+    for one in value if name in ("modules_to_save", "layers_pattern") else ():
+        _check_pattern(name, one)  # PEFT takes these for patterns
     return tuple(dict.fromkeys(value))
 
 
@@ -256,10 +259,9 @@ def _names_or_pattern(raw: Mapping[str, Any], name: str) -> tuple[str, ...] | st
 
 
 def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _wrong(name, pattern, f"a regular expression ({error})") from None
+    problem = problem_of(pattern)
+    if problem is not None:
+        raise _wrong(name, pattern, f"a regular expression {problem}")
 
 
 def _patterns(raw: Mapping[str, Any], name: str) -> dict[str, Any]:

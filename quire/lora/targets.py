@@ -33,7 +33,9 @@ def target_modules(config: LoraConfig, model: CausalLM) -> list[str]:
         found = [name for name in names if re.fullmatch(wanted, name)]
     else:
         _check_entries(wanted or (), names, model, "target_modules")
-        found = [name for name in names if ends_with(name, wanted or ()) and _in_layers(config, name)]
+        # As in PEFT, a module that is named by its whole path is in whatever its layer.
+        listed = wanted or ()
+        found = [name for name in names if name in listed or (ends_with(name, listed) and _in_layers(config, name))]
     found = [name for name in found if not excluded(config, name)]
     if not found and wanted:
         raise AdapterError(
