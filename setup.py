@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent / "csrc"
-KERNELS = ("linear", "rows", "attention", "lora", "transposed", "gradients")
+KERNELS = ("linear", "rows", "attention", "lora", "transposed", "gradients", "attention_backward")
 PLAIN = ("dispatch", "check", "pool")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: GCC 12 about its own headers
@@ -29,7 +29,7 @@ X86 = {
     "generic": "",
 }
 # AMX's tiles multiply beside the kernels of avx512. Emulated they are for tests, on machines that have none.
-AMX = f"{X86['avx512']} -mavx512vbmi"
+AMX = f"{X86['avx512']} -mavx512vbmi -mavx512bf16"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 
 

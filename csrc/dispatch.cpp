@@ -23,6 +23,7 @@ struct Isas {
     add(#isa, [](quire::Kernels &k) {                                       \
         isa::add_linear(k), isa::add_rows(k), isa::add_attention(k);        \
         isa::add_lora(k), isa::add_transposed(k), isa::add_gradients(k);    \
+        isa::add_attention_backward(k);                                     \
     })
 
 #if defined(__x86_64__)
@@ -64,7 +65,7 @@ Isas find() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ADD(avx2);
     ADD(generic);
 #if defined(QUIRE_AMX)
-    if (avx512_here && __builtin_cpu_supports("avx512vbmi")) {
+    if (avx512_here && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) {
         ADD(avx512);
         found.list.back().name = "amx-emulated";
         amx_emulated::add_linear(found.list.back().kernels);
@@ -223,5 +224,9 @@ int quire_layer_norm_backward(int type, int weight_type, int64_t rows, int64_t s
 int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
                               int64_t up_stride, const void *dy, int64_t dy_stride, void *dx, void *dup) {
     return kernels().activation_backward(type, kind, rows, size, x, stride, up, up_stride, dy, dy_stride, dx, dup);
+}
+
+int quire_attend_backward(const quire_attention *call, const quire_heads *dy, void *dq, void *dk, void *dv) {
+    return kernels().attend_backward(call, dy, dq, dk, dv);
 }
 }

@@ -24,18 +24,20 @@ struct Kernels {
     decltype(&quire_rms_norm_backward) rms_norm_backward;
     decltype(&quire_layer_norm_backward) layer_norm_backward;
     decltype(&quire_activation_backward) activation_backward;
+    decltype(&quire_attend_backward) attend_backward;
 };
 
 }  // namespace quire
 
-#define QUIRE_DECLARE(isa)                        \
-    namespace isa {                               \
-    void add_linear(quire::Kernels &kernels);     \
-    void add_rows(quire::Kernels &kernels);       \
-    void add_attention(quire::Kernels &kernels);  \
-    void add_lora(quire::Kernels &kernels);       \
-    void add_transposed(quire::Kernels &kernels); \
-    void add_gradients(quire::Kernels &kernels);  \
+#define QUIRE_DECLARE(isa)                                \
+    namespace isa {                                       \
+    void add_linear(quire::Kernels &kernels);             \
+    void add_rows(quire::Kernels &kernels);               \
+    void add_attention(quire::Kernels &kernels);          \
+    void add_lora(quire::Kernels &kernels);               \
+    void add_transposed(quire::Kernels &kernels);         \
+    void add_gradients(quire::Kernels &kernels);          \
+    void add_attention_backward(quire::Kernels &kernels); \
     }
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)

@@ -187,6 +187,12 @@ int quire_layer_norm_backward(int type, int weight_type, int64_t rows, int64_t s
 int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
                               int64_t up_stride, const void *dy, int64_t dy_stride, void *dx, void *dup);
 
+/* ---- attention_backward.cpp ----------------------------------------------------------------------------------------- */
+
+/* Of a call without tables and scales, all of one type, whose `out` is not looked at: dy lies as q does; dq [T, heads, size],
+ * dk and dv [T, kv_heads, size] end to end. */
+int quire_attend_backward(const quire_attention *call, const quire_heads *dy, void *dq, void *dk, void *dv);
+
 #ifdef __cplusplus
 }
 #endif
