@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.record import record
 
-NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality")
+NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality", "startup", "training", "adapters")
 
 
 def main(arguments: list[str]) -> int:

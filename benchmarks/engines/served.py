@@ -65,7 +65,7 @@ async def _measured(
     server = Server(f"http://127.0.0.1:{port}")
     try:
         async with asyncio.timeout(load_seconds):
-            load = await _first_token(process, server, first_prompt)
+            load = await first_token(process, server, first_prompt)
         started(round(time.monotonic() - process.began, 2))
         async with asyncio.timeout(limit):
             await _run(server, load, runs[0], min(warm_tokens, output))
@@ -78,7 +78,7 @@ async def _measured(
         await server.close()
 
 
-async def _first_token(process: Running, server: Server, prompt: list[int]) -> Load:
+async def first_token(process: Running, server: Server, prompt: list[int]) -> Load:
     """Ask until it answers."""
     while True:
         if process.process.poll() is not None:

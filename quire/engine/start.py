@@ -61,7 +61,7 @@ class Started:
 
 def start(config: EngineConfig) -> Started:
     """Load the model of `config`. Raises ModelError, ConfigError, and DoesNotFit before anything large is read."""
-    begin = time.monotonic()
+    laps = _Laps()
     config = replace(config, chat_template=_chat_template(config.chat_template))
     folder = resolve(config.model, config.revision)
     model_config = read_model_config(folder)
@@ -76,13 +76,18 @@ def start(config: EngineConfig) -> Started:
         cache.begin(plan.threads)
     for line in plan.describe():
         log.info("%s", line)
+    laps.end("plan")
     tokenizer = Tokenizer.from_folder(resolve(config.tokenizer, config.revision, weights=False) if config.tokenizer else folder)
+    laps.end("tokenizer")
     torch.set_num_threads(plan.threads)
     shape = model_config.for_length(plan.max_model_len)
     model = assemble(folder, shape, plan.dtype, config.quantization, cache=cache)
+    laps.end("weights")
     scales = kv_scales(config, plan, model, folder, model_config, tokenizer)
     kv = allocate(model_config, plan.num_blocks, plan.block_size, KV_DTYPES[plan.kv_cache_dtype], scales)
+    laps.end("KV cache")
     _warm_up(model)
+    laps.end("first rows")
     metrics = Metrics(config.model, plan.max_model_len)
     metrics.set_cache_config(
         block_size=plan.block_size,
@@ -114,7 +119,7 @@ def start(config: EngineConfig) -> Started:
         seed=config.seed,
         adapters=adapters,
     )
-    log.info("Ready after %.1f s", time.monotonic() - begin)
+    log.info("Ready after %s", laps)
     sampling = recommended_sampling(generation)
     return Started(engine, intake, config, model_config, plan, tokenizer, metrics, sampling, slots, adapters)
 
@@ -133,6 +138,23 @@ def _adapters(
         base_template=config.chat_template or template,
         on_read=metrics.observe_adapter_load,
     )
+
+
+class _Laps:
+    """Where a start's time went, for its log."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.monotonic()
+        self._laps: list[str] = []
+
+    def end(self, name: str) -> None:
+        """What has just been done."""
+        now = time.monotonic()
+        self._laps.append(f"{name} {now - self._last:.2f}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{time.monotonic() - self._begin:.2f} s ({', '.join(self._laps)})"
 
 
 @torch.inference_mode()
