@@ -50,14 +50,18 @@ def new_adapter(model: CausalLM, config: LoraConfig, seed: int) -> Adapter:
         parts[name] = ModulePart(
             weight=whole, bias=None if bias is None else _copy(bias), embedding=isinstance(module, Embedding)
         )
-    for name, ids in token_modules(config, model).items():
+    tokens = token_modules(config, model)
+    tied = model.config.tie_word_embeddings and len(tokens) == 2 and len(set(tokens.values())) == 1
+    for name, ids in tokens.items():
+        if tied and name == "lm_head":
+            continue
         if name in parts and parts[name].weight is not None:
             message = f"{name} is in modules_to_save and in trainable_token_indices; give it to one of them."
             raise AdapterError(message, parameter="trainable_token_indices")
         part = parts.get(name, ModulePart(embedding=isinstance(model.get_submodule(name), Embedding)))
         rows = _copy(torch.cat([dense_rows(model.get_submodule(name), token, token + 1) for token in ids]))
         parts[name] = replace(part, tokens=rows, token_ids=ids)
-    share_tokens(parts, token_modules(config, model), model)
+    share_tokens(parts, tokens, model)
     if not parts:
         raise AdapterError("there is nothing to train: no target_modules, modules_to_save or trainable_token_indices.")
     return Adapter(config, dict(sorted(parts.items())))
