@@ -224,4 +224,6 @@ def packed_attention(
 
     Gives the same bits as `paged_attention` over the same tokens.
     """
-    return autograd.packed_attention(selected().packed_attention, q, k, v, starts, scale, window, softcap)
+    kernels = selected()
+    backward = getattr(kernels, "packed_attention_backward", None)
+    return autograd.packed_attention(kernels.packed_attention, backward, q, k, v, starts, scale, window, softcap)

@@ -49,6 +49,7 @@ def packed_linears(
 
 def packed_attention(
     forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, ...]] | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,7 +59,7 @@ def packed_attention(
     softcap: float | None,
 ) -> Tensor:
     if _wanted(q, k, v) and not getattr(forward, "differentiable", False):
-        return _PackedAttention.apply(forward, q, k, v, starts, scale, window, softcap)
+        return _PackedAttention.apply(forward, backward or _recomputed, q, k, v, starts, scale, window, softcap)
     return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
 
 
@@ -156,12 +157,13 @@ class _Lora(torch.autograd.Function):
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Saves q, k, v only; backward recomputes each sequence's scores (as FlashAttention does)."""
+    """Saves q, k, v only: backward computes the scores again (as FlashAttention does)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         forward: Callable[..., Tensor],
+        backward: Callable[..., tuple[Tensor, ...]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -171,21 +173,34 @@ class _PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.options = starts, scale, window, softcap
+        ctx.compute, ctx.options = backward, (starts, scale, window, softcap)
         return forward(q, k, v, starts, scale=scale, window=window, softcap=softcap)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        starts, scale, window, softcap = ctx.options
-        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = torch.cat(
-                [
-                    _sequence_attention(*(t[start:end] for t in tensors), scale, window, softcap)
-                    for start, end in itertools.pairwise(starts)
-                ]
-            )
-        return (None, *torch.autograd.grad(out, tensors, grad), None, None, None, None)
+        gradients = ctx.compute(grad, *ctx.saved_tensors, *ctx.options)
+        return (None, None, *gradients, None, None, None, None)
+
+
+def _recomputed(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, ...]:
+    """For implementations without gradients of their own: those of torch's attention, sequence by sequence."""
+    tensors = [t.detach().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        parts = [
+            _sequence_attention(*(t[start:end] for t in tensors), scale, window, softcap)
+            for start, end in itertools.pairwise(starts)
+        ]
+        out = torch.cat(parts)
+    return torch.autograd.grad(out, tensors, grad)
 
 
 def _sequence_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The operations by the native kernels of csrc/."""
 
-from quire.ops.cpu.attention import packed_attention, paged_attention, rope_and_write, write_kv
+from quire.ops.cpu.attention import packed_attention, packed_attention_backward, paged_attention, rope_and_write, write_kv
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
 from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
 from quire.ops.cpu.parts import packed_from_parts, packed_parts
@@ -18,6 +18,7 @@ __all__ = [
     "loras",
     "pack",
     "packed_attention",
+    "packed_attention_backward",
     "packed_from_parts",
     "packed_linear",
     "packed_linears",

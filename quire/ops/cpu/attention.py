@@ -88,47 +88,53 @@ def packed_attention(
     softcap: float | None = None,
 ) -> Tensor:
     k, v = _rows_of_heads(k), _rows_of_heads(v)
-    rows = (
-        TYPES[k.dtype],
-        k.shape[1],
-        k.shape[2],
-        len(k),
-        k.data_ptr(),
-        v.data_ptr(),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        0,
-    )
-    return _attend(q, rows, starts, _lengths(starts), (0, 0, 1), (scale, softcap or 0.0, window or 0))
+    return _attend(q, _rows(k, v), starts, _lengths(starts), (0, 0, 1), (scale, softcap or 0.0, window or 0))
+
+
+def packed_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, dy = (_rows_of_heads(x) for x in (q, k, v, dy))
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    options = scale, softcap or 0.0, window or 0
+    attention, _held = _call(q, 0, _rows(k, v), starts, _lengths(starts), (0, 0, 1), options)
+    call("attend_backward", attention, _heads(dy), *(x.data_ptr() for x in gradients))
+    return gradients
 
 
 def _attend(q: Tensor, kv: Numbers, starts: Numbers, lengths: Numbers, tables: Numbers, options: tuple[float, ...]) -> Tensor:
     q = _rows_of_heads(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attention, _held = _call(q, out.data_ptr(), kv, starts, lengths, tables, options)
+    call("attend", attention)
+    return out
+
+
+def _call(
+    q: Tensor, out: int, kv: Numbers, starts: Numbers, lengths: Numbers, tables: Numbers, options: tuple[float, ...]
+) -> tuple[bytes, object]:
+    """`quire_attention`, and what it points to and the caller holds."""
     assert len(q) == starts[-1]
     (borders, starts_at), (ends, lengths_at) = _numbers(starts), _numbers(lengths)
     assert len(borders) == len(ends) + 1
     token, head, _ = q.stride()
-    call(
-        "attend",
-        ATTENTION.pack(
-            TYPES[q.dtype],
-            q.shape[1],
-            q.data_ptr(),
-            token,
-            head,
-            out.data_ptr(),
-            *kv,
-            len(ends),
-            starts_at,
-            lengths_at,
-            *tables,
-            *options,
-        ),
-    )
-    return out
+    place = q.data_ptr(), token, head, out
+    heads = TYPES[q.dtype], q.shape[1]
+    return ATTENTION.pack(*heads, *place, *kv, len(ends), starts_at, lengths_at, *tables, *options), (borders, ends)
+
+
+def _rows(k: Tensor, v: Tensor) -> Numbers:
+    """The fields of `quire_kv` for k, v [T, K, D]."""
+    tokens, heads, size = k.shape
+    places = k.data_ptr(), v.data_ptr()
+    return TYPES[k.dtype], heads, size, tokens, *places, k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0
 
 
 def _cache(keys: Tensor, values: Tensor, scales: Tensor | None) -> Numbers:

@@ -89,6 +89,7 @@ SIGNATURES = {
     "rms_norm_backward": (_int, _int, _long, _long, *[_pointer, _long] * 2, _pointer, _float, _float, _pointer),
     "layer_norm_backward": (_int, _int, _long, _long, *[_pointer, _long] * 2, _pointer, _float, _pointer),
     "activation_backward": (_int, _int, _long, _long, *[_pointer, _long] * 3, _pointer, _pointer),
+    "attend_backward": (_pointer,) * 5,
     "lora": (_pointer, _int, _long, _pointer, _long, _pointer, _long, _pointer),
     "loras": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
     "lora_backward": (_pointer, _int, _long, *[_pointer, _long] * 2, *[_pointer] * 4),
