@@ -37,7 +37,7 @@ from quire.speculation import Speculation
 from quire.text.tokenizer import Tokenizer
 from quire.weights.files import checkpoint_files, tensor_headers, weight_sizes
 from quire.weights.hub import resolve
-from quire.weights.packed_cache import bytes_begun, packed_cache
+from quire.weights.packed_cache import packed_cache
 
 log = logger(__name__)
 
@@ -67,10 +67,7 @@ def start(config: EngineConfig) -> Started:
     model_config = read_model_config(folder)
     model_class(model_config)  # an unknown architecture is refused before planning
     generation = _generation_config(folder) if config.generation_config == AUTO else {}
-    machine = probe()
-    # Weights that are being read already have taken what the plan is about to give them.
-    machine = replace(machine, memory_free=machine.memory_free + bytes_begun())
-    plan = make_plan(config, model_config, weight_sizes(folder, model_config), machine)
+    plan = make_plan(config, model_config, weight_sizes(folder, model_config), probe())
     cache = packed_cache(config.packed_cache, folder, plan.dtype, config.quantization)
     if cache is not None:
         cache.begin(plan.threads)

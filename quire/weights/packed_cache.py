@@ -54,13 +54,13 @@ class PackedCache:
             self.refuse(error)
 
     def fetch(self) -> tuple[Mapping[str, Any], Any] | None:
-        """(what the writer said, the data in memory) of the file that `begin` has begun to read; None if there is none."""
+        """(what the writer said, the data) of the file that `begin` has begun to read; None if there is none."""
         reading = _begun.pop(self.path, None)
         if reading is None:
             return None
         try:
             found = reading.result()
-        except (Damaged, OSError) as error:
+        except Damaged as error:
             self.refuse(error)
             return None
         with contextlib.suppress(OSError):
@@ -136,11 +136,6 @@ def packed_cache(wish: str, checkpoint: Path, dtype: str, quantization: str | No
         return None
     envs.packed_cache_bytes()  # what is wrong with it is said now, not when a file has been made
     return PackedCache(folder, key_of(checkpoint, f"{dtype} {quantization}"))
-
-
-def bytes_begun() -> int:
-    """Memory that files have taken which were begun and not fetched yet."""
-    return sum(reading.taken for reading in _begun.values())
 
 
 def key_of(checkpoint: Path, form: str) -> str:

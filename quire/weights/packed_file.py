@@ -1,11 +1,11 @@
-"""One file of packed weights: written as a whole or not at all, read by all threads at once, refused when anything is wrong.
+"""One file of packed weights: written as a whole or not at all, looked through by all threads, refused when anything is wrong.
 
-    8 bytes `QUIREPK1` | length of the header | SHA-256 of the header | header (JSON) | data from the next page on
+    8 bytes `QUIREPK1` | length of the header | SHA-256 of the header | header (JSON) | data from the next (large) page on
 
 The header has the key that the file was made for, what each piece of data is (quire/weights/packed_cache.py says that), and a
 sum of each stretch of data, so that a file that was cut, torn or has a flipped bit is found before it is used.
-Data are copied into memory of large pages instead of being used where they are mapped: kernels read those faster.
-Knows no torch, so that reading can begin before torch is there.
+Data are used where they are mapped: nothing is copied, and processes share them. Knows no torch, so that reading can begin
+before torch is there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 MAGIC = b"QUIREPK1"
 HEAD = struct.Struct("<8sQ32s")
 STRETCH = 16 << 20
-"""Bytes that are summed, and read by one thread, at a time."""
+"""Bytes that are summed by one thread at a time."""
+LARGE_PAGE = 2 << 20
 ALIGNED = 64
 PART = ".part"
 MOST_HEADER_BYTES = 100 << 20
@@ -73,7 +74,7 @@ def write(path: Path, key: str, facts: Mapping[str, Any], tensors: Sequence[memo
     laid = places(len(one) for one in tensors)
     size = laid[-1].start + laid[-1].size if laid else 0
     sums = ["0" * 16] * -(-size // STRETCH)
-    start = _data_start(len(_header(key, size, sums, facts)))
+    start = _data_start(len(_header(key, size, sums, facts)), size)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=PART, dir=path.parent)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
@@ -122,8 +123,10 @@ def _write_all(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _data_start(head: int) -> int:
-    return -(-head // mmap.PAGESIZE) * mmap.PAGESIZE
+def _data_start(head: int, size: int) -> int:
+    """Large data begin where a large page may; what is left out before takes no room on the disk."""
+    page = LARGE_PAGE if size >= LARGE_PAGE else mmap.PAGESIZE
+    return -(-head // page) * page
 
 
 def _folder_to_disk(folder: Path) -> None:
@@ -147,73 +150,52 @@ def header(path: Path) -> dict[str, Any]:
         if hashlib.sha256(text).digest() != digest:
             raise Damaged("its header is damaged")
         found: dict[str, Any] = json.loads(text)
-        found["start"] = _data_start(HEAD.size + length)
+        found["start"] = _data_start(HEAD.size + length, found["size"])
         if os.fstat(file.fileno()).st_size != found["start"] + found["size"]:
             raise Damaged("it is cut short")
         return found
 
 
 class Reading:
-    """A file on its way into memory, by `threads` of its own, from now on."""
+    """A file that is brought into memory and looked through, by `threads` of its own, from now on."""
 
     def __init__(self, path: Path, key: str, threads: int) -> None:
-        self.key = key
-        self._path, self._error = path, None
+        self._error: Damaged | None = None
         self._header = header(path)
         if self._header["key"] != key:
             raise Damaged("it was made for something else")
-        self._file = path.open("rb")
-        self.memory = _large_pages(max(1, self._header["size"]))
+        with path.open("rb") as file:
+            # Private: nothing writes to it, and nothing could reach the file.
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without them
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        start = self._header["start"]
+        if len(mapping) != start + self._header["size"]:
+            raise Damaged("it is cut short")
+        self._data = memoryview(mapping)[start:]
         self._next, self._lock = 0, threading.Lock()
-        self._threads = [threading.Thread(target=self._read, name="quire-read", daemon=True) for _ in range(max(1, threads))]
+        self._threads = [threading.Thread(target=self._look, name="quire-read", daemon=True) for _ in range(max(1, threads))]
         for thread in self._threads:
             thread.start()
 
-    @property
-    def taken(self) -> int:
-        """Bytes of memory that it has taken so far, about."""
-        return min(len(self.memory), self._next * STRETCH)
-
-    def result(self) -> tuple[dict[str, Any], mmap.mmap]:
-        """(what the writer said, the data), when all is there. Raises Damaged and OSError."""
+    def result(self) -> tuple[dict[str, Any], memoryview]:
+        """(what the writer said, the data), when all has been seen. Raises Damaged."""
         for thread in self._threads:
             thread.join()
-        self._file.close()
         if self._error is not None:
             raise self._error
-        return self._header["facts"], self.memory
+        return self._header["facts"], self._data
 
-    def _read(self) -> None:
-        whole = memoryview(self.memory)[: self._header["size"]]
-        sums, start = self._header["sums"], self._header["start"]
-        try:
-            while self._error is None:
-                with self._lock:
-                    number, self._next = self._next, self._next + 1
-                if number >= len(sums):
-                    return
-                piece = whole[number * STRETCH : (number + 1) * STRETCH]
-                _read_all(self._file.fileno(), piece, start + number * STRETCH)
-                if stretch_sum(piece) != sums[number]:
-                    raise Damaged("its data are damaged")
-        except (Damaged, OSError) as error:
-            self._error = error
-
-
-def _read_all(handle: int, piece: memoryview, at: int) -> None:
-    while piece:
-        count = os.preadv(handle, [piece], at)
-        if count == 0:
-            raise Damaged("it is cut short")
-        piece, at = piece[count:], at + count
-
-
-def _large_pages(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    def _look(self) -> None:
+        sums = self._header["sums"]
+        while self._error is None:
+            with self._lock:
+                number, self._next = self._next, self._next + 1
+            if number >= len(sums):
+                return
+            if stretch_sum(self._data[number * STRETCH : (number + 1) * STRETCH]) != sums[number]:
+                self._error = Damaged("its data are damaged")
 
 
 def clear_parts(folder: Path) -> None:

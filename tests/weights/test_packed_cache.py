@@ -267,7 +267,7 @@ def test_any_sizes_come_back(tmp_path: Path, sizes: list[int], monkeypatch: pyte
     assert facts == {"of": "it"}
     for place, one in zip(packed_file.places(sizes), data, strict=True):
         assert place.start % packed_file.ALIGNED == 0
-        assert memory[place.start : place.start + place.size] == one
+        assert bytes(memory[place.start : place.start + place.size]) == one
 
 
 def _weights() -> Iterator[Weight]:
