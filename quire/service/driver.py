@@ -21,12 +21,13 @@ log = logger(__name__)
 
 
 class Driver:
-    """tell: called on the engine thread with (run, report or error). holds: whether a run waits after this report."""
+    """tell: called on the engine thread with (run, report or error, whether the run waits now to be `add`ed again). holds: says
+    whether it is to wait after this report; one that has ended always does."""
 
     def __init__(
         self,
         gaps: Gaps,
-        tell: Callable[[TrainingRun, StepReport | BaseException], None],
+        tell: Callable[[TrainingRun, StepReport | BaseException, bool], None],
         holds: Callable[[StepReport], bool],
     ) -> None:
         self.gaps = gaps
@@ -114,11 +115,12 @@ class Driver:
         if self._alone:  # whose step has ended goes to the end of the line
             self._runs.append(self._runs.pop(0))
             self._forget_pieces()
-        if report.run.finished or self._holds(report):
+        held = report.run.finished or self._holds(report)
+        if held:
             self._runs.remove(report.run)
             if not self._runs:
                 self._forget_pieces()
-        self._tell(report.run, report)
+        self._tell(report.run, report, held)
 
     def _failed(self, chosen: list[TrainingRun], error: Exception) -> None:
         """One run alone is at fault; of several it is not known which, so they go on one by one until it shows."""
@@ -129,4 +131,4 @@ class Driver:
             return
         run = chosen[0]
         self._runs.remove(run)
-        self._tell(run, error)
+        self._tell(run, error, True)

@@ -195,7 +195,7 @@ class Trainer:
             return True
         self._active[job.id] = self._by_run[run] = active
         if run.finished:
-            self._news.put(lambda: self._attend(active, None))
+            self._news.put(lambda: self._attend(active, None, True))
         else:
             self._on_engine(lambda: self._driver.add(run))
             self._engine.wake()
@@ -237,11 +237,11 @@ class Trainer:
         every = active.data.config.save_steps or active.epoch
         return report.step % every == 0 and report.step < report.total_steps
 
-    def _report(self, run: TrainingRun, report: StepReport | BaseException) -> None:
+    def _report(self, run: TrainingRun, report: StepReport | BaseException, held: bool) -> None:
         """Called on the engine's thread: nothing here may wait."""
         active = self._by_run[run]
         if isinstance(report, StepReport):
-            self._news.put(lambda: self._attend(active, report))
+            self._news.put(lambda: self._attend(active, report, held))
         else:
             self._news.put(lambda: self._broken(active, report))
 
@@ -254,12 +254,11 @@ class Trainer:
             except Exception:
                 log.exception("the jobs' thread goes on after an error")
 
-    def _attend(self, active: Active, report: StepReport | None) -> None:
-        """Write down a step, and do what it is held for. None: a job that was found trained to its end."""
+    def _attend(self, active: Active, report: StepReport | None, held: bool) -> None:
+        """Write down a step, and if the run is held do what it is held for. None: a job that was found trained to its end."""
         if self._active.get(active.id) is not active:
             return  # stopped meanwhile
         try:
-            held = report is None or report.run.finished or self._holds(report)
             if report is not None:
                 self._tell_step(active, report)
             if not held or self._stopping or self._jobs.find(active.id).status != "running":
@@ -277,10 +276,8 @@ class Trainer:
             self._broken(active, error)
 
     def _do_what_is_due(self, active: Active, report: StepReport) -> None:
-        publish = self._publish_due(active, report) and not report.run.finished
-        if report.run.finished or self._save_due(active, report):
-            self._save(active)
-        if publish:
+        self._save(active)
+        if self._publish_due(active, report) and not report.run.finished:
             self._publish_checkpoint(active, report)
         if samples.due(active.data.config, report):
             self._sample(active, report.step)

@@ -361,7 +361,7 @@ def test_cancel_pause_resume(training: RunningServer, client: OpenAI) -> None:
 def test_together_as_alone(training: RunningServer, client: OpenAI) -> None:
     """Two jobs of different ranks and rates share the batches and learn what each learns alone."""
     kinds = [({"r": 2, "learning_rate": 1e-3}, 11), ({"r": 8, "target_modules": ["q_proj", "v_proj"]}, 12)]
-    method = supervised(n_epochs=4, batch_size=4)
+    method = supervised(n_epochs=2, batch_size=4)
     alone = [until(client, start(client, lora=lora, method=method, seed=seed)) for lora, seed in kinds]
     both = [start(client, lora=lora, method=method, seed=seed) for lora, seed in kinds]
     both = [until(client, job) for job in both]
@@ -369,7 +369,7 @@ def test_together_as_alone(training: RunningServer, client: OpenAI) -> None:
 
 
 def test_a_deleted_file_is_kept_for_its_job(training: RunningServer, client: OpenAI) -> None:
-    job = start(client, method=supervised(n_epochs=2, batch_size=4))
+    job = start(client, rows(12, 5000))  # a content that no other test has
     client.files.delete(job.training_file)
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(job.training_file)
