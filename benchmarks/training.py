@@ -1,0 +1,124 @@
+"""How fast does LoRA training go, in tokens a second and of what the machine's matrix rate allows, beside TRL with PEFT?
+
+Random weights in the 0.5 B shape (bfloat16), chat examples of mixed lengths (median 220 tokens, the assistant's turn 20 to 60 %
+of them), rank 16 on all linears, loss on the assistant's turns, 8 examples a step in the same order for all. Each contestant
+has a process of its own; the first steps are not counted. TRL runs where `python -m benchmarks.peers install trl --into DIR`
+put it. The bound counts the products that cannot be avoided: no padding, the head on learned rows only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import random_model
+from benchmarks.peers import PEERS, tcmalloc
+from benchmarks.physical import multiply_rate
+from benchmarks.record import Outcome
+
+ROWS, MEDIAN_LOG, SPREAD, SHORTEST, LONGEST = 256, 5.394, 0.6, 64, 768
+TEMPLATE = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+HERE = Path(__file__).parent
+# What is asked of TRL: its defaults, and the setting that was fastest of those that compile nothing.
+TRL = {"TRL defaults": [], "TRL by length, no checkpointing": ["--by-length", "--no-checkpointing"]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=tuple(random_model.SHAPES), default="0.5b")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
+    parser.add_argument("--folder", type=Path, help="where the model is, or goes; else a temporary one")
+    parser.add_argument("--together", type=int, default=4, help="jobs that train in one batch; 0: do not")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        model, data = folder / options.shape, folder / f"{options.shape}.jsonl"
+        if not (model / "model.safetensors").exists():
+            random_model.write(model, random_model.SHAPES[options.shape], full_tokenizer=True)
+        write_data(model, data)
+        rate = multiply_rate(torch.bfloat16)
+        counts = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--batch", str(options.batch)]
+        found = {"Quire": _child([sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts])}
+        for label, flags in _peers(options).items():
+            python = options.peers / "trl" / "bin" / "python"
+            words = [str(python), str(HERE / "training_trl.py"), str(model), str(data), *counts, *flags]
+            found[label] = _child(words, preload=tcmalloc(options.peers))
+        if options.together:
+            for batch in (options.batch, 1):
+                words = [sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts]
+                words += ["--together", str(options.together), "--batch", str(batch)]
+                found[f"Quire, {options.together} jobs of {batch}"] = _child(words)
+        rate = statistics.mean([rate, multiply_rate(torch.bfloat16)])
+    options.peers = options.folder = None  # places of this machine are nobody's business
+    ours = found["Quire"]
+    for numbers in found.values():
+        work = numbers.get("flops", ours["flops"] * numbers["tokens"] / ours["tokens"])
+        numbers["share_of_bound"] = round(work / rate / numbers["seconds"], 3)
+    return Outcome(_headline(found, options), {"matrix_rate": rate, "contestants": found})
+
+
+def _headline(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
+    parts = [
+        f"{label} {one['tokens_per_second']:.0f} tokens/s ({one['share_of_bound']:.0%} of the bound, {one['peak_gb']:.1f} GB"
+        + (f", {one['gain']:.2f}x one after the other" if "gain" in one else "")
+        + ")"
+        for label, one in found.items()
+    ]
+    return f"{options.shape}, {options.batch} chat examples a step, rank 16 on all linears: " + "; ".join(parts)
+
+
+def _peers(options: argparse.Namespace) -> dict[str, list[str]]:
+    if options.peers is None:
+        return {}
+    options.peers = options.peers.resolve()
+    if not PEERS["trl"].installed(options.peers):
+        print("TRL is not installed there: python -m benchmarks.peers install trl --into DIR", file=sys.stderr)
+        return {}
+    return TRL
+
+
+def _child(words: list[str], preload: Path | None = None) -> dict[str, Any]:
+    """The last line that a process of its own prints, as JSON."""
+    environment = {**os.environ, **({"LD_PRELOAD": str(preload)} if preload else {}), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(words[2:4], {name: value for name, value in numbers.items() if name != "parts"}, flush=True)
+    return numbers
+
+
+def write_data(model: Path, path: Path) -> None:
+    """The examples, the same for the same tokenizer: sentences of words that are one token each."""
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [word[1:] for word, _ in sorted(vocabulary.items(), key=lambda entry: entry[1]) if re.fullmatch("Ġ[a-z]{2,}", word)]
+    source = random.Random(0)
+    odds = [1 / (place + 20) for place in range(len(words))]
+
+    def text(tokens: int) -> str:
+        return " ".join(source.choices(words, odds, k=max(1, tokens)))
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(ROWS):
+            length = min(LONGEST, max(SHORTEST, round(source.lognormvariate(MEDIAN_LOG, SPREAD)))) - 12
+            answer = round(length * source.uniform(0.2, 0.6))
+            turns = [("user", text(length - answer)), ("assistant", text(answer))]
+            file.write(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n")

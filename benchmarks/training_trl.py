@@ -1,0 +1,111 @@
+"""The other contestant of the training benchmark: TRL with PEFT, in an environment of its own, which has no Quire.
+
+Same rows, rank, targets, learning rate and batch; batches are counted as the loader makes them. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+def template() -> str:
+    """The chat template of `training.py`, which cannot be imported here."""
+    source = (Path(__file__).parent / "training.py").read_text(encoding="utf-8")
+    literal = source.partition("TEMPLATE = (")[2].partition("\n)")[0]
+    return "".join(json.loads(line.strip()) for line in literal.strip().splitlines())
+
+
+class Clock(TrainerCallback):
+    """When each optimizer step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--by-length", action="store_true")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.chat_template = template()
+    with tempfile.TemporaryDirectory() as output:
+        config = SFTConfig(
+            output_dir=output,
+            max_steps=options.warmup + options.steps,
+            per_device_train_batch_size=options.batch,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            max_length=1024,
+            assistant_only_loss=True,
+            gradient_checkpointing=not options.no_checkpointing,
+            train_sampling_strategy="group_by_length" if options.by_length else "random",
+            model_init_kwargs={"dtype": "bfloat16"},
+        )
+        clock, counted = Clock(), []
+        trainer = SFTTrainer(
+            model=options.model,
+            args=config,
+            train_dataset=datasets.load_dataset("json", data_files=options.data, split="train"),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[clock],
+        )
+        collate = trainer.data_collator
+
+        def counting(rows: list[Any]) -> Any:
+            batch = collate(rows)
+            counted.append((int(batch["attention_mask"].sum()), int((batch["labels"][:, 1:] != -100).sum())))
+            return batch
+
+        trainer.data_collator = counting
+        trainer.train()
+    used = counted[options.warmup : options.warmup + options.steps]
+    seconds = clock.ends[-1] - clock.ends[options.warmup]
+    numbers = {
+        "tokens_per_second": round(sum(tokens for tokens, _ in used) / seconds, 1),
+        "learned_tokens_per_second": round(sum(learned for _, learned in used) / seconds, 1),
+        "seconds": round(seconds, 3),
+        "tokens": sum(tokens for tokens, _ in used),
+        "losses": [round(loss, 4) for loss in clock.losses],
+        "threads": torch.get_num_threads(),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()
