@@ -15,7 +15,17 @@ import click
 
 from quire import __version__
 from quire.cli.command import suggestion
-from quire.errors import ConfigError, DataError, DoesNotFit, InvalidRequest, ModelError, QuireError, Unavailable, did_you_mean
+from quire.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    InvalidRequest,
+    ModelError,
+    QuireError,
+    Unavailable,
+    did_you_mean,
+)
 
 COMMANDS: dict[str, str] = {
     "serve": "Serve a model through the OpenAI API.",
@@ -24,6 +34,7 @@ COMMANDS: dict[str, str] = {
     "models": "List model families and the models on this machine.",
     "presets": "Show scenario presets and where each value in force comes from.",
     "train": "Train a LoRA adapter on your examples.",
+    "adapters": "Look at LoRA adapters: who would take them.",
     "merge": "Write adapters into a model's weights, or combine them.",
     "data": "Generate an example data set.",
     "quantize": "Write a quantized copy of a model.",
@@ -63,6 +74,7 @@ EXIT_CODES: tuple[tuple[type[QuireError], int, str], ...] = (
     (ModelError, 5, "the model's folder is missing, damaged or of an unknown family"),
     (InvalidRequest, 6, "the prompt or a sampling value is wrong"),
     (DataError, 8, "a training file has bad lines"),
+    (AdapterError, 9, "an adapter's folder or configuration is wrong"),
     (Unavailable, 7, "the server cannot be reached, or its engine has died"),
 )
 

@@ -42,7 +42,7 @@ def read_adapter(folder: Path, model: CausalLM, *, allow_pickle: bool = False, m
     """
     config = read_config(folder)
     notes = _notes(folder)
-    config, parts = parts_of(_tensors(folder, allow_pickle), config, model)
+    config, parts = parts_of(read_tensors(folder, allow_pickle=allow_pickle), config, model)
     adapter = Adapter(config, parts, notes.get("base_digest"), _chat_template(folder), _special_tokens(folder))
     if not parts:
         raise AdapterError(f"{TENSORS} has no tensors.")
@@ -112,7 +112,8 @@ def read_config(folder: Path) -> LoraConfig:
     return parse_lora_config(_json(folder / CONFIG))
 
 
-def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+def read_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """The tensors of the folder by name, as they are stored. Raises AdapterError."""
     path = folder / TENSORS
     if not path.is_file():
         if not (folder / PICKLE).is_file():

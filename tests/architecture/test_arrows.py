@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors", "request"},
     "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
     "plan": {"config", "envs", "errors", "models.config", "presets", "quant"},  # of quant, what knows no torch
-    "lora": {"batch", "errors", "layers", "log", "models", "models.config", "ops", "weights"},
+    "lora": {"batch", "errors", "layers", "log", "models", "models.config", "models.registry", "ops", "weights"},
     "merging": {
         "assemble", "envs", "errors", "log", "lora", "models", "models.config", "models.registry", "plan", "quant", "text",
         "weights",
