@@ -39,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "data": "Generate an example data set.",
     "quantize": "Write a quantized copy of a model.",
     "plan": "Say what a model needs and whether it fits, before loading it.",
+    "cache": "List or clear the packed weights kept for quicker starts.",
     "bench": "Measure an engine or a running server.",
     "doctor": "Report the machine, versions, and what is wrong.",
 }

@@ -156,8 +156,9 @@ class _Laps:
 
 @torch.inference_mode()
 def _warm_up(model: CausalLM) -> None:
-    """Kernels are tried and set up at their first use: let it not be a request's. One row, and enough for a group."""
-    for count in (1, 17):
+    """Kernels are tried and set up at their first use: let it not be a request's. One row, and where products of dense
+    weights are tried, enough rows for a group."""
+    for count in (1,) if model.lm_head.weight is None else (1, 17):
         model.logits(model(packed([[0] * count])))
 
 
