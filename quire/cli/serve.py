@@ -19,6 +19,8 @@ from quire.errors import ConfigError
 from quire.server.options import ServerOptions
 
 DEFAULT_MODEL = "quire-tiny"
+SHARE_BESIDE_TRAINING = 0.6
+"""Of the free memory, what serving may take where training is to find room, too."""
 
 
 def _always() -> list[click.Option]:
@@ -47,7 +49,7 @@ def command(model: str | None, model_flag: str | None, **values: Any) -> None:
     """
     if model is not None and model_flag is not None and model != model_flag:
         raise ConfigError(f"MODEL is given twice: {model!r} and {model_flag!r}. Give one.")
-    values = without_always(values)
+    values = _with_adapters(without_always(values))
     config: EngineConfig = build(EngineConfig, {**values, "model": model or model_flag or DEFAULT_MODEL})
     options: ServerOptions = build(ServerOptions, _server_values(values))
     for name in ("lora_modules", "lora_dir", "allowed_lora_path"):
@@ -61,6 +63,19 @@ def command(model: str | None, model_flag: str | None, **values: Any) -> None:
     from quire.server.app import serve
 
     serve(config, options)
+
+
+def _with_adapters(values: dict[str, Any]) -> dict[str, Any]:
+    """A server that trains serves what it trains: adapters, in numbers that suit it where no flag says otherwise."""
+    if not (values["enable_fine_tuning"] or values["data_dir"]):
+        return values
+    if values["enable_lora"] is False:
+        raise ConfigError("--no-enable-lora cannot be given with --enable-fine-tuning: what is trained could not be served.")
+    loras = values["max_loras"] or 2
+    wishes = {"enable_lora": True, "max_loras": loras, "max_cpu_loras": max(4, loras)}
+    if values["preset"] is None:
+        wishes["gpu_memory_utilization"] = SHARE_BESIDE_TRAINING
+    return {**values, **{name: value for name, value in wishes.items() if values[name] is None}}
 
 
 def _server_values(values: dict[str, Any]) -> dict[str, Any]:
