@@ -11,15 +11,14 @@
 #include "product.h"
 #include "tiles.h"
 
-#include <vector>
-
 namespace QUIRE_ISA {
 namespace {
 
 constexpr int BAND = 2 * TILE_ROWS;                   // rows of x that pass together
 constexpr int64_t STEP_BYTES = TILE_ROWS * PANEL * 4;  // a step of a panel: 16 lines, each of 32 outputs' pairs or fours
 constexpr int64_t FEW_BANDS = 4;                      // until here reading the weight is what takes the time
-constexpr int64_t FEW_STEPS = 4, MANY_STEPS = 16;     // of a block: a part of the first-level cache; most of it
+constexpr int64_t FEW_BYTES = 8192;                   // of a panel's block then: while one is multiplied, the next is fetched
+constexpr int64_t MANY_STEPS = 16;                    // of a block for more bands: most of the first-level cache
 constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 12;   // they share what lies in the second-level cache
 constexpr int64_t TASKS_PER_THREAD = 4;
 
@@ -117,11 +116,11 @@ void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_
 // ---- the forms: how a panel becomes tiles, and what its sums become ---------------------------------------------------
 
 // A form has
-//   kind, and unit: inputs of which a block holds whole numbers;
-//   prepare(product): x in tiles;
-//   raw(weight, panel, input): where the panel's inputs from there on begin, in the weight;
-//   tiles(weight, panel, begin, end, room): the block as tiles, in the weight itself or in room;
-//   sums(...) over a block for a band, and finish(...) of a band.
+//   x: the rows in tiles;
+//   unit(): blocks have a multiple of so many steps;
+//   raw(weight, panel, step): where the panel's inputs from that step on begin, raw_step() bytes for each step;
+//   tiles(weight, panel, step, steps, room): a block as tiles, in the weight itself or in room;
+//   add(...): the block's products, added to the sums of a band; finish(...): the sums' way into y.
 
 // Rows of x as they are, 16 to a task.
 template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t bytes, const Fill &fill) {
@@ -137,27 +136,24 @@ template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t by
     return out;
 }
 
-// y = sums with scales and bias, as Product::finish does it, a whole row of a panel at once.
-void finish_rows(const Product &product, int w, int64_t p, int64_t row, int rows, float *sums) {
-    const quire_weight &weight = *product.weights[w];
+// Rows of a panel into y: value(row of the band, output of the panel) are LANES floats, to which the bias is added.
+template <class Value> void finish_rows(const Product &product, int w, int64_t p, int64_t row, int rows, const Value &value) {
     const int64_t start = p * PANEL, size = bytes_of(product.type);
-    if (start + PANEL > weight.outputs) {
-        for (int r = 0; r < rows; r++) product.finish(w, row + r, p, sums + r * PANEL);
-        return;
-    }
-    const float *scales = weight.form == QUIRE_DENSE && weight.scales ? weight.scales + start : nullptr;
-    alignas(64) float bias[PANEL];
-    if (product.biases[w])
-        row_to_floats(product.type, static_cast<const uint8_t *>(product.biases[w]) + start * size, PANEL, bias);
+    const int64_t count = std::min<int64_t>(PANEL, product.weights[w]->outputs - start);
+    alignas(64) float bias[PANEL] = {}, line[PANEL];
+    const bool biased = product.biases[w];
+    if (biased) row_to_floats(product.type, static_cast<const uint8_t *>(product.biases[w]) + start * size, count, bias);
+    const Floats left_bias = load<Floats>(bias), right_bias = load<Floats>(bias + LANES);
     auto to = static_cast<uint8_t *>(product.ys[w]) + (row * product.y_strides[w] + start) * size;
     for (int r = 0; r < rows; r++, to += product.y_strides[w] * size) {
-        for (int o = 0; o < PANEL; o += LANES) {
-            Floats value = load<Floats>(sums + r * PANEL + o);
-            if (scales) value *= load<Floats>(scales + o);
-            if (product.biases[w]) value += load<Floats>(bias + o);
-            store(sums + r * PANEL + o, value);
+        Floats left = value(r, 0), right = value(r, LANES);
+        if (biased) left += left_bias, right += right_bias;
+        if (product.type == QUIRE_BF16 && count == PANEL) {
+            store(to, _mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+        } else {
+            store(line, left), store(line + LANES, right);
+            floats_to_row(product.type, line, count, to);
         }
-        floats_to_row(product.type, sums + r * PANEL, PANEL, to);
     }
 }
 
@@ -171,31 +167,33 @@ struct Bf16 {
     }
 };
 
-// A byte's upper and lower half as bfloat16 from a table of all 128 sizes.
+// The upper and lower byte, as bfloat16, of all 128 sizes of FP8; and which of 128 bytes, the lower ones of two inputs and then
+// the upper ones, make each half of the outputs. Made by the compiler: nothing here may run when the library is loaded.
+struct Fp8Tables {
+    alignas(64) uint8_t low[128] = {}, high[128] = {};
+    alignas(64) uint8_t order[2][TILE_BYTES] = {};
+    constexpr Fp8Tables() {
+        constexpr uint16_t small[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // i * 2^-9
+        for (int i = 0; i < 128; i++) {
+            const int half = i < 8 ? small[i] : i == 127 ? 0x7fc0 : (i << 4) + (120 << 7);
+            low[i] = uint8_t(half & 0xff), high[i] = uint8_t(half >> 8);
+        }
+        for (int h = 0; h < 2; h++)
+            for (int i = 0; i < TILE_BYTES; i++) order[h][i] = uint8_t(i % 2 * 64 + i / 2 % 2 * PANEL + i / 4 * 2 + h);
+    }
+};
+constexpr Fp8Tables fp8;
+
 struct E4m3 {
     static constexpr int64_t INPUT = PANEL;
-    struct Tables {
-        alignas(64) uint8_t low[128], high[128];
-        // Which of 128 bytes, the lower halves of two inputs and then the upper ones, make each half of the outputs.
-        alignas(64) uint8_t order[2][TILE_BYTES];
-        Tables() {
-            for (int i = 0; i < 128; i++) {
-                const uint16_t half = i == 127 ? 0x7fc0 : to_bf16(from_e4m3(uint8_t(i)));
-                low[i] = uint8_t(half), high[i] = uint8_t(half >> 8);
-            }
-            for (int h = 0; h < 2; h++)
-                for (int i = 0; i < TILE_BYTES; i++) order[h][i] = uint8_t(i % 2 * 64 + i / 2 % 2 * PANEL + i / 4 * 2 + h);
-        }
-    };
     static INLINE void pair(const uint8_t *from, bool both, uint8_t *to) {
-        static const Tables tables;
         const auto table = [](const uint8_t *p) { return load<__m512i>(p); };
         const __m512i u = both ? load<__m512i>(from) : _mm512_zextsi256_si512(load<__m256i>(from));
-        const __m512i low = _mm512_permutex2var_epi8(table(tables.low), u, table(tables.low + 64));
-        const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(table(tables.high), u, table(tables.high + 64)),
-                                             _mm512_and_si512(u, _mm512_set1_epi8(char(0x80))));
-        store(to, _mm512_permutex2var_epi8(low, table(tables.order[0]), high));
-        store(to + TILE_BYTES, _mm512_permutex2var_epi8(low, table(tables.order[1]), high));
+        const __m512i low = _mm512_permutex2var_epi8(table(fp8.low), u, table(fp8.low + 64));
+        const __m512i size = _mm512_permutex2var_epi8(table(fp8.high), u, table(fp8.high + 64));
+        const __m512i high = _mm512_or_si512(size, _mm512_and_si512(u, _mm512_set1_epi8(char(0x80))));
+        store(to, _mm512_permutex2var_epi8(low, table(fp8.order[0]), high));
+        store(to + TILE_BYTES, _mm512_permutex2var_epi8(low, table(fp8.order[1]), high));
     }
 };
 
@@ -220,8 +218,8 @@ template <class Values> struct Dense {
         const uint8_t *from = raw(w, p, step);
         const int64_t count = std::min(steps * STEP, inputs - step * STEP);
         uint8_t *to = room;
-        for (int64_t i = 0; i < count; i += 2, to += 2 * TILE_BYTES)
-            Values::pair(from + i * Values::INPUT, i + 1 < count, to);
+        for (int64_t i = 0; i + 1 < count; i += 2, to += 2 * TILE_BYTES) Values::pair(from + i * Values::INPUT, true, to);
+        if (count % 2) Values::pair(from + (count - 1) * Values::INPUT, false, to), to += 2 * TILE_BYTES;
         std::memset(to, 0, size_t(room + steps * STEP_BYTES - to));
         return room;
     }
@@ -229,7 +227,15 @@ template <class Values> struct Dense {
              const Ahead &ahead) const {
         multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
     }
-    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const { finish_rows(product, w, p, row, rows, sums); }
+    void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
+        const float *scales = product.weights[w]->scales;
+        if (!scales)
+            return finish_rows(product, w, p, row, rows, [&](int r, int o) { return load<Floats>(sums + r * PANEL + o); });
+        alignas(64) float scale[PANEL] = {};
+        std::memcpy(scale, scales + p * PANEL, size_t(std::min<int64_t>(PANEL, product.weights[w]->outputs - p * PANEL)) * 4);
+        finish_rows(product, w, p, row, rows,
+                    [&](int r, int o) { return load<Floats>(sums + r * PANEL + o) * load<Floats>(scale + o); });
+    }
 };
 
 // x as bytes with a scale for each group of inputs.
@@ -275,15 +281,12 @@ struct Int8 {
              const Ahead &ahead) const {
         multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
     }
-    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const {
-        for (int r = 0; r < rows; r++) {
-            alignas(64) int32_t exact[PANEL];
-            std::memcpy(exact, sums + r * PANEL, sizeof exact);
-            std::fill(sums + r * PANEL, sums + (r + 1) * PANEL, 0.0f);
-            add_group<false>(exact, x.sums[row + r], x.scales[row + r], nullptr, product.weights[w]->scales + p * PANEL,
-                             sums + r * PANEL);
-        }
-        finish_rows(product, w, p, row, rows, sums);
+    void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
+        const float *scales = product.weights[w]->scales + p * PANEL;
+        finish_rows(product, w, p, row, rows, [&](int r, int o) {  // as add_group
+            const Ints exact = load<Ints>(sums + r * PANEL + o) - all_ints(128) * x.sums[row + r];
+            return Floats{} + to_float(exact) * (all(x.scales[row + r]) * load<Floats>(scales + o));
+        });
     }
 };
 
@@ -338,7 +341,9 @@ struct Int4 {
             }
         }
     }
-    void finish(int w, int64_t p, int64_t row, int rows, float *sums) const { finish_rows(product, w, p, row, rows, sums); }
+    void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
+        finish_rows(product, w, p, row, rows, [&](int r, int o) { return load<Floats>(sums + r * PANEL + o); });
+    }
 };
 
 // ---- the loops -------------------------------------------------------------------------------------------------------
@@ -349,20 +354,18 @@ template <class Form> void run(const Product &product) {
     const int64_t bands = up(product.rows, BAND) / BAND, steps = form.x.steps;
     const bool many = bands > FEW_BANDS;
     const int64_t blocks = many ? (bands + MANY_BANDS - 1) / MANY_BANDS : 1, most_bands = (bands + blocks - 1) / blocks;
-    int64_t panels = 0, most_panels = 0;
-    for (int w = 0; w < product.count; w++) panels += product.panels(w), most_panels = std::max(most_panels, product.panels(w));
+    int64_t panels = 0;
+    for (int w = 0; w < product.count; w++) panels += product.panels(w);
     const int64_t even = panels * blocks / (quire::threads() * TASKS_PER_THREAD);
-    const int64_t span = std::min(steps, up(many ? MANY_STEPS : FEW_STEPS, form.unit()));
-    // A group of inputs may be as long as the weight is wide.
-    const int64_t room = MANY_PANELS * MANY_STEPS * STEP_BYTES / (span * STEP_BYTES);
-    const int64_t together = many ? std::max<int64_t>(1, std::min({MANY_PANELS, even, room})) : 1;
-    const int64_t tasks = many ? (most_panels + together - 1) / together : FEW_ROWS_TASKS;
+    const int64_t span = std::min(steps, up(many ? MANY_STEPS : FEW_BYTES / form.raw_step(), form.unit()));
+    // A group of inputs may be as long as the weight is wide: fewer panels then.
+    const int64_t together = many ? std::max<int64_t>(1, std::min({MANY_PANELS, even, MANY_PANELS * MANY_STEPS / span})) : 1;
 
-    product.over_panels(blocks, tasks, [&](int w, int64_t p, int64_t end, int64_t block) {
+    product.over_panels(blocks, many ? INT64_MAX : FEW_ROWS_TASKS, [&](int w, int64_t p, int64_t end, int64_t block) {
         const int64_t first = bands * block / blocks, last = bands * (block + 1) / blocks;
         auto turned = static_cast<uint8_t *>(quire::scratch(3, together * span * STEP_BYTES));
         auto sums = static_cast<float *>(quire::scratch(2, together * most_bands * BAND * PANEL * 4));
-        std::vector<const uint8_t *> b(static_cast<size_t>(together));
+        const uint8_t *b[MANY_PANELS];
         const auto rows = [&](int64_t band) { return int(std::min<int64_t>(BAND, product.rows - band * BAND)); };
         const auto place = [&](int64_t band, int64_t g) { return sums + ((band - first) * together + g) * BAND * PANEL; };
         const int64_t lines = (form.raw_step() / 64 + last - first - 1) / (last - first);
@@ -371,18 +374,19 @@ template <class Form> void run(const Product &product) {
             const int64_t width = std::min(together, end - p);
             for (int64_t step = 0; step < steps; step += span) {
                 const int64_t count = std::min(span, steps - step);
-                for (int64_t g = 0; g < width; g++) b[size_t(g)] = form.tiles(w, p + g, step, count, turned + g * span * STEP_BYTES);
+                for (int64_t g = 0; g < width; g++) b[g] = form.tiles(w, p + g, step, count, turned + g * span * STEP_BYTES);
                 for (int64_t band = first; band < last; band++)
                     for (int64_t g = 0; g < width; g++) {
-                        const uint8_t *next = step + count < steps ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
+                        const bool more = step + count < steps;
+                        const uint8_t *next = more ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
                         const Ahead ahead = {next + (band - first) * count * lines * 64, lines, !many};
-                        form.add(tiles, w, p + g, band, rows(band), step, count, b[size_t(g)], place(band, g), ahead);
+                        form.add(tiles, w, p + g, band, rows(band), step, count, b[g], place(band, g), ahead);
                     }
             }
             for (int64_t band = first; band < last; band++)
                 for (int64_t g = 0; g < width; g++) form.finish(w, p + g, band * BAND, rows(band), place(band, g));
         }
-    });
+    }, together);
 }
 
 decltype(quire::Kernels::linears) others;  // the next instruction set's

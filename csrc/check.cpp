@@ -20,14 +20,15 @@ const char *amx_refused() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return "";
     const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
-    if ((d & wanted) != wanted || !(c & 1u << 1)) return "";  // and AVX512_VBMI
+    if ((d & wanted) != wanted || !(c & 1u << 1)) return "";                        // and AVX512_VBMI
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return "";  // and AVX512_BF16
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return "the system does not save AMX's registers";
     unsigned low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const unsigned tiles = 3u << 17;
     if ((low & tiles) != tiles) return "the system does not save AMX's registers";
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return "the system does not let this process use AMX's registers";
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return "the system does not grant the registers to this process";
     return nullptr;
 #else
     return "";

@@ -119,8 +119,9 @@ template <int C, int A, int B> void dot_bf16() {
                 uint32_t pair;
                 std::memcpy(&pair, a + k * 4, 4);
                 const Words w = load<Words>(b[k] + v * LANES * 4);
-                first = flushed(fma(flushed(all(bits<float>(pair << 16))), flushed(bits<Floats>(w << 16)), first));
-                second = flushed(fma(flushed(all(bits<float>(pair & 0xffff0000u))), flushed(bits<Floats>(w & 0xffff0000u)), second));
+                const Floats x0 = all(bits<float>(pair << 16)), x1 = all(bits<float>(pair & 0xffff0000u));
+                first = flushed(fma(flushed(x0), flushed(bits<Floats>(w << 16)), first));
+                second = flushed(fma(flushed(x1), flushed(bits<Floats>(w & 0xffff0000u)), second));
             }
             Floats sum = flushed(first + second), old = flushed(load<Floats>(c + v * LANES * 4));
             store(c + v * LANES * 4, flushed(old + sum));
