@@ -15,6 +15,7 @@ from quire.models.registry import build_model
 
 SPREAD = 0.02
 ADAPTER_RANK, ADAPTER_TARGETS = 16, ("q_proj", "v_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ class Shape:
         )
 
     @property
+    def linears(self) -> dict[str, tuple[str, int, int]]:
+        """(where it is, outputs, inputs) of each linear of a layer by its name in checkpoints."""
+        wide, kv, inner = self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate
+        return {
+            **{name: ("self_attn", wide if name in ("q_proj", "o_proj") else kv, wide) for name in _ATTENTION},
+            **{name: ("mlp", inner, wide) for name in ("gate_proj", "up_proj")},
+            "down_proj": ("mlp", wide, inner),
+        }
+
+    @property
     def layer_weights(self) -> int:
         """Weights of all layers' matrices."""
         kv = self.hidden // self.heads * self.kv_heads
@@ -123,20 +134,21 @@ def write(folder: Path, shape: Shape, *, full_tokenizer: bool = False) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_adapter(folder: Path, shape: Shape, seed: int) -> None:
+def write_adapter(folder: Path, shape: Shape, seed: int, targets: tuple[str, ...] = ADAPTER_TARGETS) -> None:
     """A LoRA adapter in PEFT's layout."""
     draw = torch.Generator().manual_seed(seed)
-    outputs = {"q_proj": shape.hidden, "v_proj": shape.hidden // shape.heads * shape.kv_heads}
+    sizes = shape.linears
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=draw) * SPREAD).to(torch.bfloat16)
 
     weights = {}
     for layer in range(shape.layers):
-        for target in ADAPTER_TARGETS:
-            name = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            weights[f"{name}.lora_A.weight"] = matrix(ADAPTER_RANK, shape.hidden)
-            weights[f"{name}.lora_B.weight"] = matrix(outputs[target], ADAPTER_RANK)
+        for target in targets:
+            place, outputs, inputs = sizes[target]
+            name = f"base_model.model.model.layers.{layer}.{place}.{target}"
+            weights[f"{name}.lora_A.weight"] = matrix(ADAPTER_RANK, inputs)
+            weights[f"{name}.lora_B.weight"] = matrix(outputs, ADAPTER_RANK)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -144,7 +156,7 @@ def write_adapter(folder: Path, shape: Shape, seed: int) -> None:
         "lora_alpha": 2 * ADAPTER_RANK,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(ADAPTER_TARGETS),
+        "target_modules": list(targets),
         "base_model_name_or_path": "random",
         "inference_mode": True,
         "fan_in_fan_out": False,
