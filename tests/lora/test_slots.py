@@ -21,6 +21,7 @@ from quire.lora.slots import Slots
 from quire.lora.sockets import LinearSocket, PlainSocket
 from quire.models.config import read_model_config
 from quire.models.decoder import CausalLM
+from quire.ops import reference
 from quire.ops.weights import LoraWeight
 from tests.lora.cases import SEQUENCES, batch
 from tests.lora.conftest import Base
@@ -151,6 +152,20 @@ def test_a_layer_gives_the_bits_of_pefts_where_sums_are_exact(bias: bool) -> Non
     linear.adapter = PlainSocket(ops.lora_table([LoraWeight(part.a, part.b, part.scale)]))
     with torch.no_grad():
         assert torch.equal(linear(x, torch.zeros(23, dtype=torch.int32)), theirs(linear, part)(x))
+
+
+def test_a_layer_gives_pefts_bits_by_the_reference_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any numbers: the same products in the same order. (The native kernels sum in an order of their own, and a BLAS in
+    one that goes by the number of rows, which is 16 at a time in the reference.)"""
+    rows = 16
+    monkeypatch.setattr("quire.ops.selected", lambda: reference)
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(160, 96)
+    part = ModulePart(torch.randn(16, 160, generator=generator) / 12, torch.randn(16, 96, generator=generator), 1.7)
+    x = torch.randn(rows, 160, generator=generator)
+    linear.adapter = PlainSocket(ops.lora_table([LoraWeight(part.a, part.b, part.scale)]))
+    with torch.no_grad():
+        assert torch.equal(linear(x, torch.zeros(rows, dtype=torch.int32)), theirs(linear, part)(x))
 
 
 def test_linears_of_one_input_are_taken_together_to_the_same_bits(base_of: Callable[[str], Base]) -> None:
