@@ -136,7 +136,8 @@ template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t by
     return out;
 }
 
-// Rows of a panel into y: value(row of the band, output of the panel) are LANES floats, to which the bias is added.
+// Rows of a panel into y: value(row of the band, output of the panel) are LANES floats, to which the bias is added. (The
+// instruction that rounds to bfloat16 makes 0 of what is below the smallest normal number.)
 template <class Value> void finish_rows(const Product &product, int w, int64_t p, int64_t row, int rows, const Value &value) {
     const int64_t start = p * PANEL, size = bytes_of(product.type);
     const int64_t count = std::min<int64_t>(PANEL, product.weights[w]->outputs - start);
