@@ -50,6 +50,15 @@ class FineTuning:
         self._names = tuple(names)
         self._trainer = Trainer(engine, self.jobs, self.files, self.folder, self.latency_budget, self.most_training)
         self._trainer.start()
+        gaps, trainer = self._trainer.gaps, self._trainer
+        watch = engine.metrics.watch
+        watch("training_jobs", "Fine-tuning jobs that train now.", lambda: trainer.num_active)
+        watch("training_piece_seconds", "How long a piece of training is expected to take.", lambda: gaps.typical)
+        watch(
+            "training_added_seconds_max",
+            "The most that training has added to a step in which requests ran.",
+            lambda: gaps.longest_between_steps,
+        )
 
     def create_job(self, owner: str, request: JobRequest) -> Job:
         """A new job on the served model."""

@@ -25,7 +25,8 @@ class Gaps:
     def __init__(self, budget: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.budget = budget
         self.pieces = self.pieces_between_steps = 0
-        self.longest_between_steps = 0.0
+        self.longest_between_steps = self.typical = 0.0
+        """For others to read: the most that was added to a step, and what a piece was expected to take lately."""
         self._clock = clock
         self._taken: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self._last = clock()
@@ -42,6 +43,11 @@ class Gaps:
         """Whether one piece alone is expected to take more than the budget, so that training waits for idle moments."""
         return self.expected > self.budget
 
+    @property
+    def waited(self) -> float:
+        """Seconds since the last piece."""
+        return self._clock() - self._last
+
     def work(self, piece: Callable[[], bool], busy: bool) -> bool:
         """Do what may be done now; `piece` does one piece and says whether there is more. Returns what the last one said."""
         if not busy:
@@ -49,7 +55,7 @@ class Gaps:
         left, more = self.budget, True
         if self.budget <= 0:
             return True
-        if self.starved and self._clock() - self._last < TRIAL_SECONDS:
+        if self.starved and self.waited < TRIAL_SECONDS:
             return True
         began, first = self._clock(), True
         while more and (first or self.expected <= left):
@@ -65,5 +71,6 @@ class Gaps:
         more = piece()
         self._last = self._clock()
         self._taken.append((self._last, self._last - began))
+        self.typical = self.expected
         self.pieces += 1
         return more

@@ -80,7 +80,10 @@ def read_job(job: Job, training: Path, validation: Path | None, engine: Any) -> 
 
 
 def _config(job: Job, request: JobRequest, rows: int) -> TrainingConfig:
+    """What was settled when the files were validated; a later version's defaults do not change a job that has begun."""
     try:
+        if "config" in job.facts:
+            return TrainingConfig(**job.facts["config"])
         return training_config(request, resolved(request.hyperparameters, rows), job.facts["seed"])
     except (ConfigError, AdapterError) as error:
         raise JobFailed(str(error), "invalid_hyperparameters", "lora") from None

@@ -21,6 +21,9 @@ MAX_SEED = 2**31 - 1
 BASE_LEARNING_RATE = 2e-4
 """What a learning_rate_multiplier of 1 stands for, if `lora.learning_rate` does not say it."""
 FEW_ROWS = 10_000
+MICRO_BATCH_TOKENS = 512
+"""Tokens that go through the model at once, unless `lora.micro_batch_tokens` says otherwise: fewer than `quire train` takes,
+because a piece of training is what a request may have to wait for."""
 
 # What a job's own fields say, or what has no meaning here: not to be said again under `lora`.
 _ELSEWHERE = {
@@ -135,6 +138,7 @@ def training_config(request: JobRequest, hyperparameters: Mapping[str, Any], see
     """The run that a request describes. Raises ConfigError, AdapterError."""
     peft = {name: value for name, value in request.lora.items() if name not in TrainingConfig.__dataclass_fields__}
     own = {name: value for name, value in request.lora.items() if name not in peft}
+    own.setdefault("micro_batch_tokens", MICRO_BATCH_TOKENS)
     rate = own.pop("learning_rate", BASE_LEARNING_RATE)
     if type(rate) in (int, float):  # what is no number is told by the run's own check
         rate *= hyperparameters["learning_rate_multiplier"]

@@ -18,6 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 from quire.errors import AdapterError, ConfigError, EngineDead, NotFound, QuireError
 from quire.log import logger
 from quire.lora.adapter import write_adapter
@@ -39,6 +41,7 @@ log = logger(__name__)
 LOOK_SECONDS = 1.0
 """How often waiting jobs are looked at without a reason to: memory may have become free."""
 STOP_SECONDS = 30.0
+WAITING_SECONDS = 5.0
 SAVE_SECONDS = 60.0
 """Time between two checkpoints that only serve to go on from."""
 
@@ -132,6 +135,7 @@ class Trainer:
             try:
                 self._validate_next()
                 self._start_next()
+                self._tell_who_waits()
             except Exception:
                 if not self._stopping:
                     log.exception("the jobs' thread goes on after an error")
@@ -149,7 +153,7 @@ class Trainer:
                 self._fail(job.id, error, ("validating_files",))
                 continue
             notes = [Event(note) for note in data.notes]
-            facts = {"hyperparameters": data.hyperparameters, "validated": True, "rows": data.training.rows}
+            facts = {"hyperparameters": data.hyperparameters, "validated": True, "config": data.config.as_dict()}
             events = [*notes, Event("Files validated, moving job to queued state")]
             self._jobs.move(job.id, ("validating_files",), "queued", facts, events)
 
@@ -187,6 +191,7 @@ class Trainer:
             if waiting != job.facts.get("waits"):
                 self._jobs.move(job.id, ("queued",), None, {"waits": waiting}, [Event(waiting, level="warn")])
             return False
+        _warm_up()
         run = self._on_engine(lambda: self._run_of(job, data))
         active = Active(job.id, run, data, run.order.steps_per_epoch, time.monotonic())
         text = "Fine-tuning job started" if not run.step else f"Fine-tuning job goes on after step {run.step}"
@@ -200,6 +205,20 @@ class Trainer:
             self._on_engine(lambda: self._driver.add(run))
             self._engine.wake()
         return True
+
+    def _tell_who_waits(self) -> None:
+        """Once for each job: requests leave training no time, and what would."""
+        if self.gaps.waited < WAITING_SECONDS:
+            return
+        for active in list(self._active.values()):
+            if not active.told_waiting:
+                active.told_waiting = True
+                text = (
+                    f"Training waits for moments without requests: a piece of it takes {self.gaps.typical * 1000:.0f} ms, and "
+                    f"--training-latency-budget allows {self.gaps.budget * 1000:.0f} ms. A smaller lora.micro_batch_tokens, or "
+                    "a larger budget, lets it go on."
+                )
+                self._jobs.tell(active.id, Event(text, level="warn"))
 
     def _run_of(self, job: Job, data: JobData) -> TrainingRun:
         try:
@@ -442,3 +461,9 @@ class Trainer:
     def _on_engine(self, work: Callable[[], Any]) -> Any:
         """Do something between two pieces, on the thread that runs the model."""
         return self._engine.between_steps(work).result()
+
+
+def _warm_up() -> None:
+    """The first gradient in a process has torch import for seconds: let that be on our thread, not between two steps."""
+    one = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(one * 2, one, torch.ones(2))
