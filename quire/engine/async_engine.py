@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from quire.config import EngineConfig
@@ -91,6 +92,7 @@ class AsyncEngine:
         if it had one, EngineDead if the loop has ended."""
         self._check_alive()
         arrival = time.monotonic()
+        await self._register(lora_request)
 
         def accept() -> EngineRequest:
             return self._intake.accept(
@@ -123,6 +125,14 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._call(lambda: self._abort_for(request_id, reader))
+
+    async def _register(self, request: LoRARequest | None) -> None:
+        """Read the adapter that a request brings by its path, if its name is new or it is to be read again."""
+        if request is None or self.adapters is None or not request.lora_path:
+            return
+        if request.load_inplace or request.lora_name not in self.adapters:
+            folder = Path(request.lora_path)
+            await asyncio.to_thread(self.adapters.add, request.lora_name, folder, replace=request.load_inplace)
 
     def abort(self, request_id: str) -> None:
         """End a request: its reader gets a last output with finish_reason abort. Any thread, any state, any number of times."""

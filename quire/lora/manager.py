@@ -332,6 +332,7 @@ class AdapterManager:
             adapter = read_adapter(folder, self._slots.model)
             self._check(adapter)
             self._slots.prepare(adapter)
+            _ = adapter.digest  # computed here, not where others wait for it
             ok = True
         finally:
             self._on_read(time.monotonic() - begin, ok)

@@ -8,6 +8,7 @@ import pytest
 
 from quire.errors import InvalidRequest
 from quire.request import BeamSearchParams, EngineRequest, SamplingParams
+from quire.scheduler import adapters
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.limits import Limits
 from quire.scheduler.prefix import root_key
@@ -257,3 +258,48 @@ def test_aborts_in_every_state_return_every_block() -> None:
     scheduler.abort("never heard of")
     assert not scheduler.has_work()
     assert scheduler.pool.num_held == 0
+
+
+def test_so_many_adapters_at_a_time_and_nobody_waits_for_ever() -> None:
+    limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, max_loras=1)
+    scheduler = Scheduler(limits, BlockPool(64), lambda request: root_key("model", request.adapter))
+    numbers = iter(range(1000))
+
+    def ask(adapter: str, tokens: int = 2) -> Sequence:
+        params = SamplingParams(max_tokens=tokens)
+        return scheduler.add(EngineRequest(str(next(numbers)), (1, 2, 3), params, 0.0, adapter=adapter))
+
+    def turn() -> set[str]:
+        step = scheduler.schedule()
+        for sequence in scheduler.update(step, {number: [7] for chunk in step.chunks for number in chunk.draws}):
+            if len(sequence.tokens) == sequence.max_length:
+                scheduler.finish(sequence.id)
+        return {chunk.adapter for chunk in step.chunks}
+
+    ask("a")
+    late, base = ask("b"), ask("")
+    assert turn() == {"a", ""}  # the base needs no place, and passes
+    assert not late.running
+    assert base.running
+    turns = 0
+    while "b" not in turn():
+        ask("a")  # comes again and again, and keeps its place
+        turns += 1
+        assert turns <= adapters.MOST_PASSES + 4
+    assert late.num_passed == adapters.MOST_PASSES
+
+
+def test_priority_takes_an_adapters_place() -> None:
+    limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, policy="priority", max_loras=2)
+    scheduler = Scheduler(limits, BlockPool(64), lambda request: root_key("model", request.adapter))
+    added = [
+        scheduler.add(EngineRequest(str(number), (1, 2, 3), SamplingParams(max_tokens=9), 0.0, priority=rank, adapter=name))
+        for number, (rank, name) in enumerate([(1, "a"), (5, "b"), (4, "b"), (9, "")])
+    ]
+    step = scheduler.schedule()
+    scheduler.update(step, {chunk.sequence: [7] for chunk in step.chunks})
+    urgent = scheduler.add(EngineRequest("u", (4, 5), SamplingParams(max_tokens=3), 0.0, priority=2, adapter="c"))
+    step = scheduler.schedule()
+    assert set(step.preempted) == {added[1].id, added[2].id}  # all of b, none of the base
+    assert {chunk.adapter for chunk in step.chunks} == {"a", "c", ""}
+    assert urgent.running
