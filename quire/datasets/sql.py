@@ -7,14 +7,22 @@ is never asked in training, in any words and under any schema.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from random import Random
 
 from quire.datasets.sql_tables import TABLES, Numbers, Table, Words
+from quire.errors import ConfigError, did_you_mean
 
 # One content in so many is held out.
 HELD_OUT_EVERY = 10
+MOST_ROWS = 100_000
+NAMES = tuple(table.name for table in TABLES)
 FUNCTIONS = (("AVG", "average"), ("MAX", "highest"), ("MIN", "lowest"), ("SUM", "total"))
 
 
@@ -42,20 +50,51 @@ class Example:
         }
 
 
-def examples(seed: int, *, held_out: bool) -> Iterator[Example]:
-    """Without end, none twice; those of the other half are left out."""
+def write(
+    folder: Path, rows: int = 12_000, held_out: int = 200, seed: int = 0, tables: Sequence[str] = NAMES
+) -> tuple[Path, Path]:
+    """train.jsonl and held_out.jsonl in `folder`, each whole or not there. Raises ConfigError."""
+    for name, value in (("rows", rows), ("held_out", held_out)):
+        if not 1 <= value <= MOST_ROWS:
+            raise ConfigError(f"{name} must be from 1 to {MOST_ROWS}, got {value}.")
+    for name in tables:
+        if name not in NAMES:
+            raise ConfigError(f"tables has {name!r}.{did_you_mean(name, NAMES)} There are {', '.join(NAMES)}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    for path, count, kept in zip(paths, (rows, held_out), (False, True), strict=True):
+        made = islice(examples(seed, held_out=kept, tables=tables), count)
+        _write(path, "".join(json.dumps(one.messages()) + "\n" for one in made))
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    handle, working = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(working).chmod(0o644)
+        os.replace(working, path)
+    except BaseException:
+        Path(working).unlink(missing_ok=True)
+        raise
+
+
+def examples(seed: int, *, held_out: bool, tables: Sequence[str] = NAMES) -> Iterator[Example]:
+    """Without end, no schema with a question twice; those of the other half are left out."""
     random = Random(f"sql {seed} {held_out}")
+    chosen = [table for table in TABLES if table.name in tables]
     seen: set[tuple[str, str]] = set()
     while True:
-        example = _example(random)
+        example = _example(random, chosen)
         key = (example.schema, example.question)
         if example.held_out == held_out and key not in seen:
             seen.add(key)
             yield example
 
 
-def _example(random: Random) -> Example:
-    table = random.choice(TABLES)
+def _example(random: Random, tables: Sequence[Table]) -> Example:
+    table = random.choice(tables)
     called = {column.noun: random.choice(column.names) for column in (*table.words, *table.numbers)}
     label = random.choice([name for name in table.names if name not in called.values()])
     columns = list(called.values())
