@@ -1,4 +1,4 @@
-// Gradients of causal attention over rows (attention.cpp without a cache), from q, k, v and dy alone: scores are computed again.
+// Gradients of causal attention over rows (attention.cpp without a cache), from q, k, v and dy alone.
 //
 // One kv head after the other, its numbers as float32 in the layouts that the products read. First, per block of 48 query rows
 // of a head: all scores, from them each row's largest, its sum of weights and the mean of dy v under them (Milakov & Gimelshein

@@ -1,5 +1,5 @@
-// Gradients of what acts on each row by itself (rows.cpp), with respect to the rows; the weights stay as they are. float32 inside,
-// a row's result from that row alone.
+// Gradients of what acts on each row by itself (rows.cpp), with respect to the rows; the weights stay as they are. float32
+// inside, a row's result from that row alone.
 #include "functions.h"
 #include "kernels.h"
 #include "lines.h"

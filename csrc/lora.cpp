@@ -22,8 +22,11 @@ constexpr int DOT_ROWS = 2, DOT_RANKS = 2, MIX_ROWS = 2, MIX_PARTS = 4, SUM_RANK
 constexpr int DOT_ROWS = 1, DOT_RANKS = 1, MIX_ROWS = 1, MIX_PARTS = 2, SUM_RANKS = 1, SUM_PARTS = 2;
 #endif
 constexpr int64_t BLOCK_ROWS = 32;      // rows of a task
+constexpr int64_t RUN_INPUTS = 512;     // of x and a that stay in the first-level cache while tiles of rows pass
+constexpr int64_t RUN_OUTPUTS = 256;    // of b likewise
 constexpr int64_t COLUMNS = 64;         // of a gradient's task; the grain at which outputs are dealt out
 constexpr int64_t SHARES = 4;           // tasks for each thread, where rows alone do not give them
+constexpr int64_t WORTH_SHARING = 1 << 14;  // multiplications: less is done sooner than another thread wakes
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 const uint8_t *bytes(const void *p) { return static_cast<const uint8_t *>(p); }
@@ -88,11 +91,16 @@ struct Plan {
         for (int t = 0; t < count; t++) most = std::max(most, tables[t]->slots);
         return most;
     }
-    // body(block, share, shares): every block cut into so many shares that all threads have something to do.
-    template <class Body> void over_blocks(const Body &body) const {
+    // body(block, share, shares): every block cut into so many shares that all threads have something to do; `size`: by what
+    // the products of all blocks go on.
+    template <class Body> void over_blocks(int64_t size, const Body &body) const {
         const int64_t count = int64_t(blocks.size());
         if (!count) return;
         const int64_t shares = std::max<int64_t>(1, SHARES * quire::threads() / count);
+        if (inner * size < WORTH_SHARING) {
+            for (const Block &block : blocks) body(block, 0, 1);
+            return;
+        }
         quire::parallel(count * shares, [&](int64_t task) { body(blocks[size_t(task / shares)], task % shares, shares); });
     }
 };
@@ -116,19 +124,21 @@ template <int MOST, class Body> INLINE void in_tiles(int64_t count, const Body &
 
 // ---- rows times a matrix over what they have in common: [rows, inputs] x [rank, inputs] -------------------------------
 
-// x: [ROWS, padded] with zeros from `inputs` on; out[r * stride + k].
+// Of a run of inputs: x [ROWS, padded] with zeros from `width` on, a's rows `stride` apart. The chains [ROWS, ranks, 16] begin
+// with the FIRST run and are put aside after each but the last, which folds them: out[r * rank + k].
 template <int ROWS, int RANKS>
-INLINE void dot_some(int64_t inputs, int64_t padded, const float *x, const float *a, float factor, int64_t stride,
-                     float *out) {
+INLINE void dot_some(int64_t width, int64_t padded, const float *x, const float *a, int64_t stride, bool first,
+                     float *chains, int64_t ranks, float factor, int64_t rank, float *out) {
     constexpr int EACH = Sixteen::COUNT;
     Sixteen sums[ROWS][RANKS];
     for (int r = 0; r < ROWS; r++)
         for (int k = 0; k < RANKS; k++)
-            for (int v = 0; v < EACH; v++) sums[r][k].part[v] = Floats{};
+            for (int v = 0; v < EACH; v++)
+                sums[r][k].part[v] = first ? Floats{} : load<Floats>(chains + (r * ranks + k) * 16 + v * LANES);
     auto step = [&](int64_t i, auto read_a) __attribute__((always_inline)) {
         Floats values[RANKS][EACH];
         for (int k = 0; k < RANKS; k++)
-            for (int v = 0; v < EACH; v++) values[k][v] = read_a(a + k * inputs, i + v * LANES);
+            for (int v = 0; v < EACH; v++) values[k][v] = read_a(a + k * stride, i + v * LANES);
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < EACH; v++) {
                 const Floats one = load<Floats>(x + r * padded + i + v * LANES);
@@ -136,41 +146,49 @@ INLINE void dot_some(int64_t inputs, int64_t padded, const float *x, const float
             }
     };
     int64_t i = 0;
-    for (; i + 16 <= inputs; i += 16) step(i, [](const float *row, int64_t at) { return load<Floats>(row + at); });
-    if (i < inputs)
+    for (; i + 16 <= width; i += 16) step(i, [](const float *row, int64_t at) { return load<Floats>(row + at); });
+    if (i < width)
         step(i, [&](const float *row, int64_t at) {
-            return at < inputs ? read<QUIRE_F32>(bytes(row), at, inputs) : Floats{};
+            return at < width ? read<QUIRE_F32>(bytes(row), at, width) : Floats{};
         });
     for (int r = 0; r < ROWS; r++)
-        for (int k = 0; k < RANKS; k++) out[r * stride + k] = sum(sums[r][k]) * factor;
+        for (int k = 0; k < RANKS; k++) {
+            if (out) {
+                out[r * rank + k] = sum(sums[r][k]) * factor;
+                continue;
+            }
+            for (int v = 0; v < EACH; v++) store(chains + (r * ranks + k) * 16 + v * LANES, sums[r][k].part[v]);
+        }
 }
 
-template <int ROWS>
-INLINE void dot_rows(int64_t inputs, int64_t padded, const float *x, const float *a, int64_t ranks, float factor,
-                     int64_t stride, float *out) {
-    int64_t k = 0;
-    for (; k + DOT_RANKS <= ranks; k += DOT_RANKS)
-        dot_some<ROWS, DOT_RANKS>(inputs, padded, x, a + k * inputs, factor, stride, out + k);
-    for (; k < ranks; k++) dot_some<ROWS, 1>(inputs, padded, x, a + k * inputs, factor, stride, out + k);
-}
-
-// factor * x a^T for some rows of a block and some of the matrix's: `inner` [rows, rank].
+// factor * x a^T for some rows of a block and the ranks [begin, end): `inner` [rows, rank].
 template <int type>
 void dot(const Rows &x, const int64_t *rows, int64_t count, int64_t inputs, const float *a, int64_t rank, int64_t begin,
          int64_t end, float factor, float *inner) {
     if (begin >= end) return;
-    const int64_t padded = up(inputs, 16);
-    auto wide = static_cast<float *>(quire::scratch(1, count * padded * 4));
-    for (int64_t r = 0; r < count; r++) {
-        const uint8_t *row = x.row<type>(rows[r]);
-        for (int64_t i = 0; i < padded; i += LANES)
-            store(wide + r * padded + i, i < inputs ? read<type>(row, i, inputs) : Floats{});
+    const int64_t ranks = end - begin, run = count <= DOT_ROWS ? up(inputs, 16) : RUN_INPUTS;
+    auto wide = static_cast<float *>(quire::scratch(1, count * (run + ranks * 16) * 4));
+    float *chains = wide + count * run;
+    for (int64_t from = 0; from < inputs; from += run) {
+        const int64_t width = std::min(run, inputs - from), padded = up(width, 16);
+        for (int64_t r = 0; r < count; r++) {
+            const uint8_t *row = x.row<type>(rows[r]) + from * Element<type>::BYTES;
+            for (int64_t i = 0; i < padded; i += LANES)
+                store(wide + r * padded + i, i < width ? read<type>(row, i, width) : Floats{});
+        }
+        float *out = from + run >= inputs ? inner + begin : nullptr;
+        in_tiles<DOT_ROWS>(count, [&](auto tile, int64_t r) {
+            constexpr int ROWS = decltype(tile)::value;
+            auto some = [&](auto together, int64_t k) {
+                dot_some<ROWS, decltype(together)::value>(width, padded, wide + r * padded, a + (begin + k) * inputs + from,
+                                                          inputs, from == 0, chains + (r * ranks + k) * 16, ranks, factor, rank,
+                                                          out ? out + r * rank + k : nullptr);
+            };
+            int64_t k = 0;
+            for (; k + DOT_RANKS <= ranks; k += DOT_RANKS) some(Type<DOT_RANKS>(), k);
+            for (; k < ranks; k++) some(Type<1>(), k);
+        });
     }
-    const float *from = a + begin * inputs;
-    in_tiles<DOT_ROWS>(count, [&](auto tile, int64_t r) {
-        dot_rows<decltype(tile)::value>(inputs, padded, wide + r * padded, from, end - begin, factor, rank,
-                                        inner + r * rank + begin);
-    });
 }
 
 // ---- rows times a matrix: [rows, rank] x [rank, outputs] --------------------------------------------------------------
@@ -182,6 +200,11 @@ INLINE void mix_some(const float *inner, int64_t rank, const float *b, int64_t o
     Floats sums[ROWS][PARTS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < PARTS; v++) sums[r][v] = Floats{};
+    constexpr int B = Element<type>::BYTES;
+    if (ADDED && PARTS > 1)  // memory brings y meanwhile
+        for (int r = 0; r < ROWS; r++)
+            for (int line = 0; line < PARTS * LANES * B; line += 64)
+                __builtin_prefetch(y.row<type>(rows[r]) + o * B + line, 1);
     for (int64_t k = 0; k < rank; k++) {
         Floats values[PARTS];
         const float *from = b + k * outputs + o;
@@ -204,22 +227,21 @@ INLINE void mix_some(const float *inner, int64_t rank, const float *b, int64_t o
     }
 }
 
-template <int type, bool ADDED, int PARTS>
-INLINE void mix_rows(const float *inner, int64_t rank, const float *b, int64_t outputs, int64_t o, float factor,
-                     const Rows &y, const int64_t *rows, int64_t count) {
-    in_tiles<MIX_ROWS>(count, [&](auto tile, int64_t r) {
-        mix_some<type, ADDED, decltype(tile)::value, PARTS>(inner + r * rank, rank, b, outputs, o, factor, y, rows + r, r == 0);
-    });
-}
-
 // Columns [begin, end) of y for the rows of a block.
 template <int type, bool ADDED>
 void mix(const float *inner, int64_t rank, const float *b, int64_t outputs, int64_t begin, int64_t end, float factor,
          const Rows &y, const int64_t *rows, int64_t count) {
-    int64_t o = begin;
-    for (; o + MIX_PARTS * LANES <= end; o += MIX_PARTS * LANES)
-        mix_rows<type, ADDED, MIX_PARTS>(inner, rank, b, outputs, o, factor, y, rows, count);
-    for (; o < end; o += LANES) mix_rows<type, ADDED, 1>(inner, rank, b, outputs, o, factor, y, rows, count);
+    for (int64_t from = begin; from < end; from += RUN_OUTPUTS) {
+        const int64_t to = std::min(end, from + RUN_OUTPUTS);
+        in_tiles<MIX_ROWS>(count, [&](auto tile, int64_t r) {
+            constexpr int ROWS = decltype(tile)::value;
+            const float *some = inner + r * rank;
+            int64_t o = from;
+            for (; o + MIX_PARTS * LANES <= to; o += MIX_PARTS * LANES)
+                mix_some<type, ADDED, ROWS, MIX_PARTS>(some, rank, b, outputs, o, factor, y, rows + r, r == 0);
+            for (; o < to; o += LANES) mix_some<type, ADDED, ROWS, 1>(some, rank, b, outputs, o, factor, y, rows + r, r == 0);
+        });
+    }
 }
 
 int loras(int count, const quire_lora_table *const *tables, int type, int64_t rows, const void *x, int64_t x_stride,
@@ -232,13 +254,13 @@ int loras(int count, const quire_lora_table *const *tables, int type, int64_t ro
     return with_type(type, [&](auto t) {
         constexpr int T = decltype(t)::value;
         const Rows from{x, x_stride};
-        plan.over_blocks([&](const Block &block, int64_t share, int64_t shares) {
+        plan.over_blocks(tables[0]->inputs, [&](const Block &block, int64_t share, int64_t shares) {
             const int64_t rank = block.part->rank;
             dot<T>(from, order + block.first, block.count, tables[block.product]->inputs, block.part->a, rank,
                    part_of(rank, share, shares, DOT_RANKS), part_of(rank, share + 1, shares, DOT_RANKS), 1.0f,
                    inner + block.inner);
         });
-        plan.over_blocks([&](const Block &block, int64_t share, int64_t shares) {
+        plan.over_blocks(tables[0]->outputs, [&](const Block &block, int64_t share, int64_t shares) {
             const int64_t outputs = tables[block.product]->outputs;
             mix<T, true>(inner + block.inner, block.part->rank, block.part->b, outputs,
                          part_of(outputs, share, shares, COLUMNS), part_of(outputs, share + 1, shares, COLUMNS),
@@ -310,7 +332,7 @@ int lora_backward(const quire_lora_table *table, int type, int64_t rows, const v
     return with_type(type, [&](auto t) {
         constexpr int T = decltype(t)::value;
         const Rows from{x, x_stride}, gradient{dy, dy_stride}, to{dx, inputs};
-        plan.over_blocks([&](const Block &block, int64_t share, int64_t shares) {
+        plan.over_blocks(std::max(inputs, outputs), [&](const Block &block, int64_t share, int64_t shares) {
             const quire_lora_part &part = *block.part;
             const int64_t begin = part_of(part.rank, share, shares, DOT_RANKS);
             const int64_t end = part_of(part.rank, share + 1, shares, DOT_RANKS);
@@ -320,11 +342,10 @@ int lora_backward(const quire_lora_table *table, int type, int64_t rows, const v
             if (dbs) dot<T>(from, some, block.count, inputs, part.a, part.rank, begin, end, 1.0f, low + block.inner);
         });
         if (dx) {
-            for (int64_t s = -1; s < table->slots; s++)
-                if (s < 0 || !table->parts[s].a)
-                    for (int64_t i = s < 0 ? 0 : plan.order.begin(s); i < (s < 0 ? plan.order.begin(0) : plan.order.end(s)); i++)
-                        std::memset(const_cast<uint8_t *>(to.row<T>(order[i])), 0, size_t(inputs * Element<T>::BYTES));
-            plan.over_blocks([&](const Block &block, int64_t share, int64_t shares) {
+            for (int64_t r = 0; r < rows; r++)
+                if (slots[r] < 0 || slots[r] >= table->slots || !table->parts[slots[r]].a)
+                    std::memset(const_cast<uint8_t *>(to.row<T>(r)), 0, size_t(inputs * Element<T>::BYTES));
+            plan.over_blocks(inputs, [&](const Block &block, int64_t share, int64_t shares) {
                 mix<T, false>(back + block.inner, block.part->rank, block.part->a, inputs,
                               part_of(inputs, share, shares, COLUMNS), part_of(inputs, share + 1, shares, COLUMNS), 1.0f, to,
                               order + block.first, block.count);
