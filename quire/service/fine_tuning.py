@@ -90,7 +90,7 @@ class FineTuning:
         """Serve a model that a job of `owner` made no longer, and forget its files. Raises NotFound."""
         if self.jobs.model(owner, name) is None or self._trainer is None:
             raise NotFound(f"The model `{name[:200]}` does not exist.", parameter="model")
-        self._trainer.remove_model(name)
+        self._trainer.shelf.remove(name)
 
     def close(self) -> None:
         """Stop training where it stands and close the folder; what was told is on the disk already."""

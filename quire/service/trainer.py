@@ -22,7 +22,6 @@ import torch
 
 from quire.errors import AdapterError, ConfigError, EngineDead, NotFound, QuireError
 from quire.log import logger
-from quire.lora.adapter import write_adapter
 from quire.lora.parts import Adapter
 from quire.service import parity, results, samples
 from quire.service.driver import Driver
@@ -31,6 +30,7 @@ from quire.service.gaps import Gaps
 from quire.service.job_data import JobData, JobFailed, parity_rows, read_job
 from quire.service.jobs import Event, Job, Jobs, NewModel
 from quire.service.room import check_room
+from quire.service.shelf import Shelf
 from quire.service.stamp import Stamp
 from quire.service.store import now
 from quire.train.report import StepReport
@@ -59,13 +59,14 @@ class Active:
 
 
 class Trainer:
-    """folder: where checkpoints (`jobs/`) and trained adapters (`adapters/`) go."""
+    """folder: where checkpoints (`jobs/`) and trained adapters (`adapters/`) go. shelf: the trained models."""
 
     def __init__(self, engine: Any, jobs: Jobs, files: Files, folder: Path, latency_budget: float, most_training: int) -> None:
         self._engine, self._jobs, self._files = engine, jobs, files
-        self._work_folder, self._adapter_folder = folder / "jobs", folder / "adapters"
+        self._work_folder = folder / "jobs"
         self._most_training = most_training
         self._stamp = Stamp.of(engine)
+        self.shelf = Shelf(folder / "adapters", engine.adapters, jobs, self._stamp)
         self.gaps = Gaps(latency_budget)
         self._driver = Driver(self.gaps, self._report, self._holds)
         self._active: dict[str, Active] = {}
@@ -80,7 +81,7 @@ class Trainer:
 
     def start(self) -> None:
         """Serve what was trained here before, then go on with what is not finished."""
-        self._serve_models()
+        self.shelf.open()
         for job in self._jobs.standing("running"):
             text = "The server was restarted; the job goes on from its last checkpoint"
             self._jobs.move(job.id, ("running",), "queued", events=[Event(text, level="warn")])
@@ -114,14 +115,6 @@ class Trainer:
     @property
     def num_active(self) -> int:
         return len(self._active)
-
-    def remove_model(self, name: str) -> None:
-        """Serve a trained model no longer and forget its files."""
-        rows = [row for row in self._jobs.models() if row["name"] == name]
-        self._jobs.delete_model(name)
-        self._unserve(name)
-        for row in rows:
-            shutil.rmtree(self._adapter_folder / row["folder"], ignore_errors=True)
 
     # -- in: from files to a run ---------------------------------------------------------------------------------------
 
@@ -319,15 +312,15 @@ class Trainer:
         job = self._jobs.find(active.id)
         name = f"{job.model_name}:ckpt-step-{report.step}"
         folder = f"{job.id}/step-{report.step}"
-        self._serve_new(name, folder, active.run.adapter())
+        self.shelf.put(name, folder, active.run.adapter())
         metrics = results.metrics_of(report)
         model = NewModel(name, folder, report.step, {key: value for key, value in metrics.items() if key != "step"})
         event = results.checkpoint_event(report.step, name)
         if not self._jobs.move(job.id, ("running",), None, None, [event], model):
-            self._unserve(name)
+            self.shelf.take_back(name, folder)
             return
         for old in self._jobs.older_checkpoints(job.id, active.data.config.save_total_limit):
-            self.remove_model(old)
+            self.shelf.remove(old)
 
     def _sample(self, active: Active, step: int) -> None:
         """Answers to prompts of the validation data by the adapter as it is now, through the serving engine."""
@@ -339,7 +332,7 @@ class Trainer:
         try:
             answers = asyncio.run(samples.answers(self._engine, name, chosen))
         finally:
-            self._unserve(name)
+            self._engine.adapters.remove(name)
         self._jobs.tell(active.id, samples.event(step, answers))
 
     def _finish(self, active: Active) -> None:
@@ -348,7 +341,7 @@ class Trainer:
         if job.status != "running":
             return
         adapter, folder = active.run.adapter(), f"{job.id}/final"
-        self._serve_new(job.model_name, folder, adapter)
+        self.shelf.put(job.model_name, folder, adapter)
         found = self._parity(active, adapter, job.model_name)
         steps = self._jobs.steps_told(job.id)
         result = self._files.prepare_result(job.owner, f"{job.id}-metrics.csv", results.result_csv(steps, found))
@@ -364,8 +357,7 @@ class Trainer:
         model = NewModel(job.model_name, folder)
         self._close(active)
         if not self._jobs.move(job.id, ("running",), "succeeded", facts, events, model, also=result.insert):
-            self._unserve(job.model_name)
-            shutil.rmtree(self._adapter_folder / folder, ignore_errors=True)
+            self.shelf.take_back(job.model_name, folder)
         self._clean(job.id)
 
     def _parity(self, active: Active, adapter: Adapter, name: str) -> dict[str, Any]:
@@ -433,30 +425,7 @@ class Trainer:
         shutil.rmtree(self._work_folder / id, ignore_errors=True)
         self._files.sweep()
 
-    # -- models --------------------------------------------------------------------------------------------------------
-
-    def _serve_models(self) -> None:
-        for row in self._jobs.models():
-            folder = self._adapter_folder / row["folder"]
-            try:
-                if not (folder / "adapter_config.json").is_file():
-                    raise AdapterError("its folder is not there.")
-                if not self._stamp.fits(folder):
-                    log.info("model %s was trained on another base and is not served", row["name"])
-                    continue
-                self._engine.adapters.add(row["name"], folder, replace=True)
-            except QuireError as error:
-                log.error("model %s cannot be served: %s", row["name"], error)
-
-    def _serve_new(self, name: str, folder: str, adapter: Adapter) -> None:
-        """Write an adapter and answer under its name; whole on the disk before anybody can ask for it."""
-        place = self._adapter_folder / folder
-        write_adapter(place, adapter, base_name=self._stamp.base_name)
-        self._engine.adapters.add(name, adapter, replace=True, folder=place)
-
-    def _unserve(self, name: str) -> None:
-        if name in self._engine.adapters:
-            self._engine.adapters.remove(name)
+    # -- the engine ----------------------------------------------------------------------------------------------------
 
     def _on_engine(self, work: Callable[[], Any]) -> Any:
         """Do something between two pieces, on the thread that runs the model."""
