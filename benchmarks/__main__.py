@@ -9,13 +9,13 @@ import sys
 
 from benchmarks.record import record
 
-NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality", "startup", "training", "adapters")
+NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality", "startup", "training", "training_kernels", "adapters")
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in NAMES:
         for name in NAMES:
-            print(f"{name:12} {importlib.import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
+            print(f"{name:16} {importlib.import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
         return 0 if not arguments else 2
     name = arguments[0]
     benchmark = importlib.import_module(f"benchmarks.{name}")

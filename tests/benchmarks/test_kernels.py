@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels
+from benchmarks import kernels, training_kernels
 from benchmarks.engines.roofline import Best, Limits
 
 LIMITS = Limits("12:00", reads={4 << 30: 1e9}, torch={"bfloat16": 1e9, "int8": 2e9})
@@ -27,6 +27,21 @@ def test_every_form(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         assert case["torch_over_ours"] > 0
     assert "int4" in capsys.readouterr().err
     assert "bf16" in outcome.headline
+
+
+def test_every_kernel_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits("12:00", torch={"float32": 1e9})
+    monkeypatch.setattr(training_kernels.roofline, "measure", lambda folder, threads: limits)
+    parser = argparse.ArgumentParser()
+    training_kernels.add_arguments(parser)
+    outcome = training_kernels.run(parser.parse_args(["--shape", "0.1b", "--rows", "40", "--seconds", "0", "--threads", "1"]))
+    cases = outcome.numbers["cases"]
+    assert [case["rows"] for case in cases] == [1, 8, 32, *[40] * 7]
+    for case in cases:
+        assert case["microseconds"] > 0
+        assert case["torch_over_ours"] > 0
+        assert case.get("of_limit", 0.0) == pytest.approx(case.get("gflop_s", 0.0), abs=0.06)  # of 1 GFLOP/s
+    assert "attention, backward" in outcome.headline
 
 
 def test_limits_and_sizes() -> None:
