@@ -19,7 +19,7 @@ from quire.lora import experts
 from quire.lora.base import dense_rows, sizes
 from quire.lora.config import LoraConfig
 from quire.lora.parts import ModulePart
-from quire.lora.targets import biased_modules, saved_modules, target_modules, token_modules
+from quire.lora.targets import biased_modules, saved_modules, table_name, target_modules, tied, token_modules
 from quire.models.decoder import CausalLM
 
 PREFIX = "base_model.model."
@@ -73,6 +73,8 @@ def parts_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: CausalLM)
             raise AdapterError(f"tensor {key!r} is there twice: by itself and with all experts of its layer.")
         parts[name] = _part(name, found[name], config, model, tokens.get(name, ()))
     share_tokens(parts, tokens, model)
+    if tied(config, model):
+        _share_with_head(parts, table_name(model))
     _check_complete(parts, config, model)
     return config, dict(sorted(parts.items()))
 
@@ -133,6 +135,20 @@ def share_tokens(parts: dict[str, ModulePart], tokens: Mapping[str, tuple[int, .
         head = parts.get("lm_head", ModulePart())
         if head.tokens is None:
             parts["lm_head"] = replace(head, tokens=table.tokens, token_ids=table.token_ids)
+
+
+def _share_with_head(parts: dict[str, ModulePart], table: str) -> None:
+    """What a tied head has of the table's under names of its own is the table's, so that it trains as one."""
+    one, head = parts.get(table), parts.get("lm_head")
+    if one is None or head is None:
+        return
+    for field, other in (("weight", one.weight), ("a", one.b), ("b", one.a)):
+        stored = getattr(head, field)
+        if other is not None and stored is not None:
+            if not torch.equal(stored, other):
+                raise AdapterError(f"ensure_weight_tying: lm_head and {table} differ.", parameter="ensure_weight_tying")
+            head = replace(head, **{field: other})
+    parts["lm_head"] = head
 
 
 def _part(

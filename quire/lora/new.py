@@ -20,7 +20,7 @@ from quire.lora.config import LoraConfig
 from quire.lora.keys import share_tokens
 from quire.lora.norms import weight_norms
 from quire.lora.parts import Adapter, ModulePart
-from quire.lora.targets import biased_modules, named_one_by_one, saved_modules, target_modules, token_modules
+from quire.lora.targets import biased_modules, named_one_by_one, saved_modules, table_name, target_modules, tied, token_modules
 from quire.models.decoder import CausalLM
 
 STARTS = (True, False, "gaussian")
@@ -51,9 +51,9 @@ def new_adapter(model: CausalLM, config: LoraConfig, seed: int) -> Adapter:
             weight=whole, bias=None if bias is None else _copy(bias), embedding=isinstance(module, Embedding)
         )
     tokens = token_modules(config, model)
-    tied = model.config.tie_word_embeddings and len(tokens) == 2 and len(set(tokens.values())) == 1
+    shared = model.config.tie_word_embeddings and len(tokens) == 2 and len(set(tokens.values())) == 1
     for name, ids in tokens.items():
-        if tied and name == "lm_head":
+        if shared and name == "lm_head":
             continue
         if name in parts and parts[name].weight is not None:
             message = f"{name} is in modules_to_save and in trainable_token_indices; give it to one of them."
@@ -62,9 +62,23 @@ def new_adapter(model: CausalLM, config: LoraConfig, seed: int) -> Adapter:
         rows = _copy(torch.cat([dense_rows(model.get_submodule(name), token, token + 1) for token in ids]))
         parts[name] = replace(part, tokens=rows, token_ids=ids)
     share_tokens(parts, tokens, model)
+    if tied(config, model) and "lm_head" in parts and table_name(model) in parts:
+        parts["lm_head"] = _tied_head(model, parts["lm_head"], parts[table_name(model)])
     if not parts:
         raise AdapterError("there is nothing to train: no target_modules, modules_to_save or trainable_token_indices.")
     return Adapter(config, dict(sorted(parts.items())))
+
+
+def _tied_head(model: CausalLM, head: ModulePart, table: ModulePart) -> ModulePart:
+    """The head's part made of the table's tensors: the table's A is what the head's B is."""
+    if table.weight is not None:
+        return replace(head, weight=table.weight)
+    if table.a is None:
+        return head
+    head = replace(head, a=table.b, b=table.a, scale=table.scale)
+    if head.magnitude is None:
+        return head
+    return replace(head, magnitude=weight_norms(model, model.lm_head, head).requires_grad_())
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -42,8 +42,20 @@ def target_modules(config: LoraConfig, model: CausalLM) -> list[str]:
             f"target_modules is {wanted!r}, which matches no linear layer of this model; there are {_leaves(names)}.",
             parameter="target_modules",
         )
-    parameters = _parameters(config, model, names)
-    return found + [name for name in parameters if name not in found]
+    if tied(config, model) and table_name(model) in found:
+        found.append("lm_head")
+    found += _parameters(config, model, names)
+    return list(dict.fromkeys(found))
+
+
+def table_name(model: CausalLM) -> str:
+    """The path of the token table."""
+    return next(name for name, module in model.named_modules() if module is model.table)
+
+
+def tied(config: LoraConfig, model: CausalLM) -> bool:
+    """Whether what an adapter does to the token table it does to the head too."""
+    return config.ensure_weight_tying and model.config.tie_word_embeddings
 
 
 def adaptable(model: CausalLM) -> list[str]:
@@ -99,6 +111,8 @@ def saved_modules(config: LoraConfig, model: CausalLM) -> list[str]:
                     "embeddings are kept for each adapter.",
                     parameter="modules_to_save",
                 )
+    if tied(config, model) and table_name(model) in found:
+        found["lm_head"] = None
     return list(found)
 
 
@@ -107,7 +121,7 @@ def token_modules(config: LoraConfig, model: CausalLM) -> dict[str, tuple[int, .
     wanted = config.trainable_token_indices
     if not wanted:
         return {}
-    table = next(name for name, module in model.named_modules() if module is model.table)
+    table = table_name(model)
     found: dict[str, tuple[int, ...]] = {}
     for entry, ids in (wanted.items() if isinstance(wanted, Mapping) else [(table, wanted)]):
         names = [name for name in (table, "lm_head") if ends_with(name, [entry])]

@@ -25,8 +25,10 @@ VLLM = {
     "bias-gpt2": "bias is 'lora_only'",
     "lora-bias": "lora_bias",
     **{name: "DoRA" for name in ("dora", "dora-biases", "dora-gpt2", "dora-embedding")},
-    **{name: "modules_to_save" for name in ("saved-head", "saved-both", "saved-linear", "saved-gpt2")},
-    **{name: "trainable_tokens_delta" for name in ("tokens", "tokens-tied", "tokens-head")},
+    **{name: "modules_to_save" for name in ("saved-head", "saved-both", "saved-linear", "saved-gpt2", "saved-container")},
+    **{name: "modules_to_save" for name in ("saved-tied", "saved-tied-head", "saved-tied-both")},
+    "everything": "bias is 'all'",
+    **{name: "trainable_tokens_delta" for name in ("tokens", "tokens-tied", "tokens-tied-both", "tokens-head")},
 }
 
 
