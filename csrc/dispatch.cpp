@@ -167,6 +167,10 @@ int quire_activation(int type, int kind, int64_t rows, int64_t size, const void 
     return kernels().activation(type, kind, rows, size, x, stride, up, up_stride, out);
 }
 
+int quire_add(int type, int64_t count, const void *x, const void *y, void *out) {
+    return kernels().add(type, count, x, y, out);
+}
+
 int quire_gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
                       int64_t stride_bytes, void *out) {
     return kernels().gather_rows(rows, ids, table, table_rows, row_bytes, stride_bytes, out);

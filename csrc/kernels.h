@@ -13,6 +13,7 @@ struct Kernels {
     decltype(&quire_rms_norm) rms_norm;
     decltype(&quire_layer_norm) layer_norm;
     decltype(&quire_activation) activation;
+    decltype(&quire_add) add;
     decltype(&quire_gather_rows) gather_rows;
     decltype(&quire_rope) rope;
     decltype(&quire_write_kv) write_kv;

@@ -51,7 +51,7 @@ public:
             shares_[t].end = tasks * (t + 1) / size();
             shares_[t].next.store(tasks * t / size(), std::memory_order_relaxed);
         }
-        busy_.store(int(workers_.size()), std::memory_order_relaxed);
+        gate_.store(OPEN, std::memory_order_release);
         {
             // Under the lock, so that no worker misses it between its last look and its sleep.
             std::lock_guard<std::mutex> lock(sleep_);
@@ -59,7 +59,9 @@ public:
         }
         if (sleepers_.load() > 0) wake_.notify_all();
         take(0);
-        for (int look = 0; busy_.load(std::memory_order_acquire) > 0; look++)
+        // Every task is taken. Whoever still sleeps is not waited for: it finds the gate closed.
+        gate_.fetch_and(~OPEN, std::memory_order_acq_rel);
+        for (int look = 0; gate_.load(std::memory_order_acquire) > 0; look++)
             if (look < 32 * LOOKS)
                 pause();
             else
@@ -88,10 +90,13 @@ private:
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
                 sleepers_.fetch_sub(1);
             }
-            seen++;
+            seen = round_.load(std::memory_order_acquire);
             if (ending_) return;
+            uint32_t inside = gate_.load(std::memory_order_acquire);
+            while (inside & OPEN && !gate_.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) {}
+            if (!(inside & OPEN)) continue;
             take(me);
-            busy_.fetch_sub(1, std::memory_order_release);
+            gate_.fetch_sub(1, std::memory_order_release);
         }
     }
 
@@ -104,7 +109,10 @@ private:
     const int count_;
     std::vector<std::thread> workers_;
     std::atomic<uint64_t> round_{0};
-    std::atomic<int> busy_{0}, sleepers_{0};
+    // How many workers are at a round's tasks, and whether more may come.
+    static constexpr uint32_t OPEN = 1u << 31;
+    std::atomic<uint32_t> gate_{0};
+    std::atomic<int> sleepers_{0};
     std::mutex sleep_;
     std::condition_variable wake_;
     bool ending_ = false;

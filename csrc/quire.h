@@ -89,6 +89,9 @@ enum quire_activations { QUIRE_SILU = 0, QUIRE_GELU = 1, QUIRE_GELU_TANH = 2, QU
 int quire_activation(int type, int kind, int64_t rows, int64_t size, const void *x, int64_t stride, const void *up,
                      int64_t up_stride, void *out);
 
+/* out = x + y, `count` numbers each. */
+int quire_add(int type, int64_t count, const void *x, const void *y, void *out);
+
 /* out[r] = table[ids[r]], rows of row_bytes, stride_bytes apart in the table. */
 int quire_gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
                       int64_t stride_bytes, void *out);
@@ -192,6 +195,21 @@ int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, co
 /* Of a call without tables and scales, all of one type, whose `out` is not looked at: dy lies as q does; dq [T, heads, size],
  * dk and dv [T, kv_heads, size] end to end. */
 int quire_attend_backward(const quire_attention *call, const quire_heads *dy, void *dq, void *dk, void *dv);
+
+/* ---- replay.cpp: calls that were written down -------------------------------------------------------------------- */
+
+#define QUIRE_MOST_ARGUMENTS 12
+
+/* A call of one of the functions above. Arguments as 64-bit words, a float's bits in the lower half. */
+typedef struct quire_call {
+    int64_t function;
+    int64_t arguments[QUIRE_MOST_ARGUMENTS];
+} quire_call;
+
+/* The number of the function quire_<name>; -1: it cannot be written down. */
+int quire_function(const char *name);
+/* Make the calls in order, until one does not return 0. */
+int quire_replay(const quire_call *calls, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -220,6 +220,18 @@ int activation(int type, int kind, int64_t rows, int64_t size, const void *x, in
     return typed | known;
 }
 
+int add(int type, int64_t count, const void *x, const void *y, void *out) {
+    constexpr int64_t ROW = 1024;
+    return with_type(type, [&](auto t) {
+        constexpr int T = decltype(t)::value;
+        over_rows((count + ROW - 1) / ROW, ROW, [&](int64_t first, int64_t last) {
+            const int64_t end = std::min(count, last * ROW);
+            for (int64_t i = first * ROW; i < end; i += LANES)
+                write<T>(bytes(out), i, end, read<T>(bytes(x), i, end) + read<T>(bytes(y), i, end));
+        });
+    });
+}
+
 // ---- table look-up ---------------------------------------------------------------------------------------------------
 
 int gather_rows(int64_t rows, const int64_t *ids, const void *table, int64_t table_rows, int64_t row_bytes,
@@ -242,6 +254,7 @@ void add_rows(quire::Kernels &kernels) {
     kernels.write_kv = write_kv;
     kernels.rope_and_write = rope_and_write;
     kernels.activation = activation;
+    kernels.add = add;
     kernels.gather_rows = gather_rows;
 }
 

@@ -14,23 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire import ops
 from quire.layers.rope_config import RopeConfig
+
+# Positions whose angles are computed together: few enough for one thread, so that a position's bits are its own.
+BLOCK = 256
 
 
 class Rope:
-    """positions [T] -> (cos, sin), each [T, rotary_dim / 2] float32."""
+    """positions [T] -> (cos, sin), each [T, rotary_dim / 2] float32, out of tables that grow with the longest sequence."""
 
     def __init__(self, config: RopeConfig) -> None:
         self.config = config
         self.inverse, self.magnitude = _frequencies(config)
+        self.tables = (torch.empty(0, len(self.inverse)),) * 2
+        self._outgrown: list[tuple[Tensor, Tensor]] = []  # recorded steps may read them still
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def reach(self, length: int) -> None:
+        """Make tables for sequences of `length` tokens, and up to the next power of two."""
+        known = len(self.tables[0])
+        if length <= known:
+            return
+        end = max(BLOCK, 1 << (length - 1).bit_length())
+        blocks = [self._angles(torch.arange(start, start + BLOCK)) for start in range(known, end, BLOCK)]
+        self._outgrown.append(self.tables)
+        self.tables = tuple(torch.cat([old, *new]) for old, new in zip(self.tables, zip(*blocks, strict=True), strict=True))
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         places = positions[:, None].float()
-        inverse = self.inverse.to(positions.device)
-        if self.config.kind == "dynamic":
-            inverse = _dynamic(self.config, places, inverse)
+        inverse = _dynamic(self.config, places, self.inverse) if self.config.kind == "dynamic" else self.inverse
         angles = places * inverse
         return torch.cos(angles) * self.magnitude, torch.sin(angles) * self.magnitude
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: below a length that `reach` was told."""
+        cos, sin = self.tables
+        return ops.embedding(positions, cos), ops.embedding(positions, sin)
 
 
 def _exponents(config: RopeConfig) -> Tensor:

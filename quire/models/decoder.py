@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from quire import ops
 from quire.batch import Batch
 from quire.layers.attention import Attention, Rotation
 from quire.layers.embedding import Embedding
@@ -60,8 +61,8 @@ class DecoderLayer(nn.Module):
         return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, batch)
-        return x + self.mlp(self.post_attention_layernorm(x), batch.adapters)
+        x = ops.add(x, self.self_attn(self.input_layernorm(x), rotation, batch))
+        return ops.add(x, self.mlp(self.post_attention_layernorm(x), batch.adapters))
 
 
 def layer_step(layer: nn.Module, *context: object) -> LayerStep:
@@ -99,7 +100,12 @@ class Decoder(nn.Module):
 
     def rotations(self, batch: Batch) -> dict[RopeConfig, Rotation]:
         """The angles of this batch's positions, once for all layers that share them."""
-        return {rope: rotate(batch.positions) for rope, rotate in self._rotaries().items()}
+        longest = max(batch.lengths)
+        rotations = {}
+        for rope, rotary in self._rotaries().items():
+            rotary.reach(longest)
+            rotations[rope] = rotary(batch.positions)
+        return rotations
 
     def _rotaries(self) -> dict[RopeConfig, Rope]:
         # Built on first use: a tree on the meta device has no tensors to compute with.

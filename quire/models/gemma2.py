@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quire import ops
 from quire.batch import Batch
 from quire.layers.attention import Attention, Rotation
 from quire.layers.norm import RMSNorm
@@ -33,8 +34,8 @@ class Gemma2Layer(DecoderLayer):
         return attention
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, batch))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), batch.adapters))
+        x = ops.add(x, self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, batch)))
+        return ops.add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), batch.adapters)))
 
 
 class Gemma2Decoder(Decoder):

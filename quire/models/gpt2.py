@@ -59,8 +59,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = x + self.attn(self.ln_1(x), batch)
-        return x + self.mlp(self.ln_2(x), batch.adapters)
+        x = ops.add(x, self.attn(self.ln_1(x), batch))
+        return ops.add(x, self.mlp(self.ln_2(x), batch.adapters))
 
 
 class GPT2Decoder(nn.Module):
@@ -74,7 +74,7 @@ class GPT2Decoder(nn.Module):
         self.ln_f = LayerNorm(config.hidden_size, config.norm_eps)
 
     def begin(self, batch: Batch) -> tuple[Tensor, list[LayerStep]]:
-        x = self.wte(batch.tokens, batch.adapters) + self.wpe(batch.positions, batch.adapters)
+        x = ops.add(self.wte(batch.tokens, batch.adapters), self.wpe(batch.positions, batch.adapters))
         return x, [layer_step(block, batch) for block in self.h]
 
     def finish(self, x: Tensor, batch: Batch) -> Tensor:

@@ -64,10 +64,10 @@ class OPTLayer(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), batch)
-            return x + self.feed_forward(self.final_layer_norm(x), batch.adapters)
-        x = self.self_attn_layer_norm(x + self.self_attn(x, batch))
-        return self.final_layer_norm(x + self.feed_forward(x, batch.adapters))
+            x = ops.add(x, self.self_attn(self.self_attn_layer_norm(x), batch))
+            return ops.add(x, self.feed_forward(self.final_layer_norm(x), batch.adapters))
+        x = self.self_attn_layer_norm(ops.add(x, self.self_attn(x, batch)))
+        return self.final_layer_norm(ops.add(x, self.feed_forward(x, batch.adapters)))
 
 
 class OPTDecoder(nn.Module):

@@ -11,7 +11,7 @@ Letters: T tokens, S sequences, H heads, K kv heads, D head size, N blocks, B bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ OPERATIONS = (
     "rms_norm",
     "layer_norm",
     "rope",
+    "add",
     "activation",
     "gated_activation",
     "write_kv",
@@ -51,6 +52,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packs_dense() -> bool:
     """Whether this implementation wants dense weights packed too; else a layer keeps its tensor as it is."""
     return getattr(selected(), "PACKS_DENSE", False)
+
+
+def record(compute: Callable[[], Tensor], live: Sequence[tuple[int, ...]] = ()) -> Any:
+    """`compute()`, written down to be made again: `.result` and, unless `.refused` says why not, `.replay(*live)`, the same
+    tensor computed from what its inputs' memory holds by then. live: tuples among its inputs that will differ. None where
+    this implementation cannot."""
+    recorder = getattr(selected(), "record", None)
+    return None if recorder is None else recorder(compute, live)
 
 
 def pack(weight: Weight) -> Any:
@@ -147,6 +156,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [T, H, D] by angles cos, sin [T, R/2] in the half-split layout; dimensions past R <= D pass through."""
     return selected().rope(x, cos, sin)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y."""
+    return selected().add(x, y)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.ops.reference import (
+    add,
     embedding,
     layer_norm,
     lora,
@@ -33,6 +34,7 @@ from quire.ops.reference import packed_attention as reference_packed_attention
 
 __all__ = [
     "activation",
+    "add",
     "embedding",
     "gated_activation",
     "layer_norm",

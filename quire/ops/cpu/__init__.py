@@ -4,10 +4,12 @@ from quire.ops.cpu.attention import packed_attention, packed_attention_backward,
 from quire.ops.cpu.linear import linear, pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
 from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
 from quire.ops.cpu.parts import packed_from_parts, packed_parts
-from quire.ops.cpu.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
+from quire.ops.cpu.rows import activation, add, embedding, gated_activation, layer_norm, rms_norm, rope
+from quire.ops.cpu.tape import Tape
 
 __all__ = [
     "activation",
+    "add",
     "embedding",
     "gated_activation",
     "layer_norm",
@@ -33,3 +35,4 @@ __all__ = [
 ]
 
 PACKS_DENSE = True
+record = Tape

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+from collections.abc import Sized
 
 import torch
 from torch import Tensor
 
-from quire.ops.cpu.library import ATTENTION, HEADS, KV, TYPES, call
+from quire.ops.cpu.library import ATTENTION, HEADS, KV, TYPES, call, live_numbers
 
 Numbers = tuple[int, ...]
 
@@ -160,10 +161,15 @@ def _heads(x: Tensor) -> bytes:
     return HEADS.pack(x.data_ptr(), token, head)
 
 
+def _numbers(values: Numbers) -> tuple[Sized, int]:
+    """An array or what knows its length, and its address. Who uses the address keeps the first."""
+    place = live_numbers(values)
+    return _array(values) if place is None else (values, place)
+
+
 # Every layer of a step gives the same tuples.
 @functools.lru_cache(maxsize=64)
-def _numbers(values: Numbers) -> tuple[ctypes.Array[ctypes.c_int64], int]:
-    """An array and its address. Who uses the address keeps the array."""
+def _array(values: Numbers) -> tuple[ctypes.Array[ctypes.c_int64], int]:
     array = (ctypes.c_int64 * len(values))(*values)
     return array, ctypes.addressof(array)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +82,7 @@ SIGNATURES = {
     "rms_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _float, _float, _pointer),
     "layer_norm": (_int, _int, _long, _long, _pointer, _long, _pointer, _pointer, _float, _pointer),
     "activation": (_int, _int, _long, _long, _pointer, _long, _pointer, _long, _pointer),
+    "add": (_int, _long, _pointer, _pointer, _pointer),
     "gather_rows": (_long, _pointer, _pointer, _long, _long, _long, _pointer),
     "rope": (_int, _long, _long, _long, _long, _pointer, _long, _long, _pointer, _pointer, _pointer),
     "write_kv": (_pointer, _int, _long, _pointer, _pointer, _pointer),
@@ -92,6 +95,8 @@ SIGNATURES = {
     "attend_backward": (_pointer,) * 5,
     "lora": (_pointer, _int, _long, _pointer, _long, _pointer, _long, _pointer),
     "loras": (_int, _pointer, _int, _long, _pointer, _long, _pointer, _pointer, _pointer),
+    "replay": (_pointer, _long),
+    "function": (ctypes.c_char_p,),
     "lora_backward": (_pointer, _int, _long, *[_pointer, _long] * 2, *[_pointer] * 4),
 }
 
@@ -142,6 +147,34 @@ def call(name: str, *arguments: object) -> None:
         _threads = count
     result = _function(name)(*arguments)
     assert result == 0, f"quire_{name} does not support {arguments}"
+    if _tape is not None:
+        _tape.write(name, arguments)
+
+
+_tape: Any = None
+
+
+@contextmanager
+def written_to(tape: Any) -> Iterator[None]:
+    """Every call made meanwhile is told to `tape.write`."""
+    global _tape
+    assert _tape is None
+    _tape = tape
+    try:
+        yield
+    finally:
+        _tape = None
+
+
+def live_numbers(values: tuple[int, ...]) -> int | None:
+    """The address of `values` where a tape has a place for them."""
+    return None if _tape is None else _tape.numbers(values)
+
+
+@functools.cache
+def function_number(name: str) -> int:
+    """What a written call of quire_<name> begins with; -1 if it cannot be written."""
+    return _function("function")(name.encode())
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -4,10 +4,11 @@ from quire.ops.reference.attention import packed_attention, paged_attention, rop
 from quire.ops.reference.linear import linear
 from quire.ops.reference.lora import lora, lora_backward, lora_table, loras
 from quire.ops.reference.packed import pack, packed_linear, packed_linears, packed_linears_backward, packed_rows
-from quire.ops.reference.rows import activation, embedding, gated_activation, layer_norm, rms_norm, rope
+from quire.ops.reference.rows import activation, add, embedding, gated_activation, layer_norm, rms_norm, rope
 
 __all__ = [
     "activation",
+    "add",
     "embedding",
     "gated_activation",
     "layer_norm",

@@ -1,0 +1,80 @@
+"""Steps made again from what was written down give the bits of steps that were not, whatever changes in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams, ops
+from quire.engine import replay
+from quire.ops.select import selected
+
+pytestmark = pytest.mark.skipif(selected().__name__ != "quire.ops.cpu", reason="only native calls are written down")
+
+SAMPLING = SamplingParams(max_tokens=40, temperature=0.8, seed=3, logprobs=2, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [9] * 40, [11, 12], list(range(20, 60))]
+
+
+def answers(folder: Path, prompts: list[list[int]] = PROMPTS, sampling: SamplingParams = SAMPLING, **options: object) -> list:
+    llm = LLM(str(folder), num_gpu_blocks_override=256, max_model_len=512, block_size=16, **options)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    samples = [output.outputs[0] for output in outputs]
+    found = [(s.token_ids, [{token: one.logprob for token, one in step.items()} for step in s.logprobs]) for s in samples]
+    return [found, llm._engine._runner._forward]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantization": "int8"},
+        {"kv_cache_dtype": "fp8"},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+    ],
+    ids=str,
+)
+def test_the_same_answers(tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, forward = answers(tiny_llama, **options)
+    assert forward._recorded
+    assert not forward._refused
+    monkeypatch.setattr(replay, "MOST_ROWS", 0)
+    expected, forward = answers(tiny_llama, **options)
+    assert not forward._recorded
+    assert found == expected
+
+
+def test_sequences_outgrow_what_was_recorded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of positions grow at 256, tables of blocks beyond 32."""
+    monkeypatch.setattr(replay, "TABLE_STEP", 4)
+    prompts, sampling = [[7] * 230], SamplingParams(max_tokens=120, temperature=0, logprobs=1, ignore_eos=True)
+    found, forward = answers(tiny_llama, prompts, sampling)
+    assert max(recorded.reach for recorded in forward._recorded.values()) == 512
+    assert len(forward._recorded) > 1
+    monkeypatch.setattr(replay, "MOST_ROWS", 0)
+    assert found == answers(tiny_llama, prompts, sampling)[0]
+
+
+def test_memory_is_bounded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_BYTES", 1)
+    found, forward = answers(tiny_llama)
+    assert len(forward._recorded) == 1
+    assert forward._bytes == next(iter(forward._recorded.values())).tape.bytes
+    monkeypatch.setattr(replay, "MOST_ROWS", 0)
+    assert found == answers(tiny_llama)[0]
+
+
+def test_torch_in_between_is_noticed() -> None:
+    x = torch.randn(3, 8)
+    assert ops.record(lambda: ops.add(x, x)).refused is None
+    assert "mul" in ops.record(lambda: ops.add(x, x * 2)).refused
+    assert ops.record(lambda: ops.add(x.view(8, 3).view(3, 8), x)).refused is None
+
+
+def test_what_is_recorded_computes_with_what_is_in_memory_then() -> None:
+    x, y, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    tape = ops.record(lambda: ops.rms_norm(ops.add(x, y), weight, 1e-6))
+    assert tape.refused is None
+    x.copy_(torch.randn(3, 8))
+    assert torch.equal(tape.replay(), ops.rms_norm(x + y, weight, 1e-6))
