@@ -22,7 +22,7 @@ SOURCE = Path(__file__).parent / "csrc"
 KERNELS = ("linear", "rows", "attention", "lora", "transposed", "gradients", "attention_backward")
 PLAIN = ("dispatch", "check", "pool", "replay")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: GCC 12 about its own headers
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: of its headers
 X86 = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",

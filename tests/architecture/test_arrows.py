@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "assemble": {"models", "models.config", "models.registry", "quant", "weights"},
     "engine": {
         "assemble", "batch", "config", "errors", "log", "lora", "metrics", "models", "models.config", "models.registry",
-        "plan", "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
+        "ops", "plan", "presets", "request", "sampling", "scheduler", "speculation", "text", "weights",
     },
     "train": {
         "assemble", "batch", "config", "envs", "errors", "layers", "log", "lora", "models", "models.config", "models.registry",
