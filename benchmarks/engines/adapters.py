@@ -22,9 +22,9 @@ class NotBuilt(Exception):
 
 
 class Quire:
-    """`quire.LLM`. options: what EngineConfig takes."""
+    """`quire.LLM`. options: what EngineConfig takes. lora: the folder of the adapters, in folders 0 to 7."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, lora: str | None = None, **options: Any) -> None:
         from quire import LLM, SamplingParams
 
         room: dict[str, Any] = {
@@ -33,15 +33,23 @@ class Quire:
             "max_model_len": LENGTH,
             "kv_cache_memory_bytes": CACHE_GIB << 30,
         }
+        self._lora = lora
+        if lora is not None:
+            room |= {"enable_lora": True, "max_loras": 8}
         self._llm, self._params = LLM(model, **{**room, **options}), SamplingParams
         self.weight_bytes = self._llm.plan.weight_bytes
         self.about = _operations()
 
     def generate(self, prompts: Prompts, output: int, adapters: Adapters = None) -> list[list[int]]:
-        if adapters is not None:
-            raise NotBuilt("adapters are not built yet")
         params = self._params(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        chosen = None
+        if adapters is not None:
+            from quire import LoRARequest
+
+            if self._lora is None:
+                raise NotBuilt("adapters for each request")
+            chosen = [LoRARequest(f"l{n}", n + 1, os.path.join(self._lora, str(n))) for n in adapters]
+        outputs = self._llm.generate(prompts, params, lora_request=chosen, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in outputs]
 
 

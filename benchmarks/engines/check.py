@@ -34,7 +34,7 @@ def check(place: Place, entries: list[Entry], logs: Path) -> bool:
 
 def _answers(place: Place, entry: Entry, log: Path) -> Iterator[str]:
     place.work.make(entry.checkpoint)
-    if "W5" in entry.workloads and entry.engine == "vllm":
+    if "W5" in entry.workloads:
         place.work.make("adapters")
     if entry.own:
         command = place.own_benchmark(entry, 8, 4, 1)

@@ -66,6 +66,8 @@ class Place:
         options: dict[str, Any] = {"model": str(self.work.path(entry.checkpoint)), **entry.options}
         if entry.engine == "quire":
             options |= {"threads": self.threads, **self.plain}
+            if "W5" in entry.workloads:
+                options["lora"] = str(self.work.path("adapters"))
         elif entry.engine in ("transformers", "openvino"):
             options["threads"] = self.threads
         elif entry.engine == "llama.cpp":

@@ -79,7 +79,7 @@ class Sitting:
             told.give_up(wanted, "not installed")
             return
         try:
-            for form in (entry.checkpoint, *(("adapters",) if "W5" in wanted and entry.engine == "vllm" else ())):
+            for form in (entry.checkpoint, *(("adapters",) if "W5" in wanted else ())):
                 self._place.work.make(form)
         except CannotMake as error:
             told.give_up(wanted, str(error))

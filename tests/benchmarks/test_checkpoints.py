@@ -93,7 +93,7 @@ def test_check_names_who_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
         Entry("broken", "16-bit", None, "broken", "bf16", ("W1",)),
         Entry("strange", "16-bit", None, "strange", "bf16", ("W1",)),
     ]
-    assert not check(Here(Tiny(), None, 1, ROOM), entered, tmp_path)  # type: ignore[arg-type]
+    assert not check(Here(Tiny(tmp_path), None, 1, ROOM), entered, tmp_path)  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()
     assert "not installed" in lines[0]
     assert "FAILS: the process has ended: it does not start" in lines[1]
