@@ -146,6 +146,10 @@ class Application:
         """The adapters that a key may use."""
         return [name for name in self.adapters.names() if self._sees(owner, name)]
 
+    def of_job(self, name: str) -> bool:
+        """Whether a name is one of those that fine-tuning jobs give."""
+        return self.fine_tuning is not None and name.startswith("ft:")
+
     def _sees(self, owner: str, name: str) -> bool:
         return self.fine_tuning is None or self.fine_tuning.sees(owner, name)
 

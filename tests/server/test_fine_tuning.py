@@ -202,6 +202,16 @@ def test_other_keys_see_nothing(training: RunningServer, client: OpenAI) -> None
     for use in (other.models.retrieve, other.models.delete, lambda model: chat(other, model)):
         with pytest.raises(openai.NotFoundError):
             use(job.fine_tuned_model)
+    with httpx.Client(base_url=training.url, headers={"authorization": "Bearer two"}) as door:
+        name = job.fine_tuned_model
+        assert job.fine_tuned_model not in door.get("/v1/adapters").text
+        for answer in (
+            door.get(f"/v1/adapters/{name}"),
+            door.delete(f"/v1/adapters/{name}"),
+            door.post("/v1/unload_lora_adapter", json={"lora_name": name}),
+            door.post("/tokenize", json={"model": name, "prompt": "a"}),
+        ):
+            assert answer.status_code == 404
     with pytest.raises(openai.BadRequestError) as refused:
         other.fine_tuning.jobs.create(model="tiny", training_file=job.training_file)
     assert refused.value.param == "training_file"
@@ -366,6 +376,19 @@ def test_together_as_alone(training: RunningServer, client: OpenAI) -> None:
     both = [start(client, lora=lora, method=method, seed=seed) for lora, seed in kinds]
     both = [until(client, job) for job in both]
     assert [weights(training, job) for job in both] == [weights(training, job) for job in alone]
+
+
+def test_one_jobs_fault_ends_one_job(training: RunningServer, client: OpenAI) -> None:
+    method = supervised(n_epochs=3, batch_size=4)
+    alone = until(client, start(client, method=method, seed=21))
+    well, wild = start(client, method=method, seed=21), start(client, method=method, lora={"learning_rate": 1e36})
+    well, wild = until(client, well), until(client, wild)
+    assert well.status == "succeeded", well.error
+    assert weights(training, well) == weights(training, alone)
+    assert (wild.status, wild.error.code) == ("failed", "training_failed")
+    assert "learning" in wild.error.message
+    assert training.application.engine.heartbeat().alive
+    assert until(client, start(client)).status == "succeeded", "and the next one trains"
 
 
 def test_a_deleted_file_is_kept_for_its_job(training: RunningServer, client: OpenAI) -> None:
