@@ -14,7 +14,7 @@ from quire.errors import DoesNotFit
 from quire.plan.memory import ITEM_BYTES, RUNTIME_BYTES, size_text
 from quire.train.config import TrainingConfig
 from quire.train.data import Dataset
-from quire.train.loss import MOST_LOGITS
+from quire.train.loss import MOST_LOGITS, MOST_ROWS
 from quire.train.memory import SHARE, activation_bytes
 from quire.train.schedule import Order
 
@@ -83,7 +83,7 @@ def estimate(
     if wanted is None:
         wanted = max(2, min(shape.num_layers, int(SHARE * (memory_free - weight_bytes)) // each))
     inputs = shape.num_layers * micro * shape.hidden_size * item
-    head = MOST_LOGITS * 4 * 4
+    head = min(MOST_LOGITS, MOST_ROWS * shape.vocab_size) * 4 * 4
     peak = weight_bytes + RUNTIME_BYTES + trainable * BYTES_PER_PARAMETER + wanted * each + inputs + head
     least = peak - max(0, wanted - 2) * each
     if least > memory_free:

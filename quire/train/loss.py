@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quire.models.decoder import CausalLM
 
-# Logits that exist at once.
-MOST_LOGITS = 1 << 23
+# Logits that exist at once: at 152,000 tokens 220 rows, so that reading the head's weight is little beside multiplying by it.
+MOST_LOGITS = 1 << 25
+MOST_ROWS = 1024
 LEAST_ROWS = 16
 
 
@@ -32,7 +33,7 @@ class Scored:
 
 def chunks(model: CausalLM, rows: int) -> list[slice]:
     """The pieces in which so many rows go through the head."""
-    size = max(LEAST_ROWS, MOST_LOGITS // model.config.vocab_size)
+    size = max(LEAST_ROWS, min(MOST_ROWS, MOST_LOGITS // model.config.vocab_size))
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
