@@ -398,5 +398,5 @@ def _by_place(model: CausalLM, flat: FlatParameters) -> dict[Place, list[tuple[T
     for module, part in flat.adapter.parts.items():
         pairs = found.setdefault(where[module], [])
         there = {id(tensor) for tensor, _ in pairs}  # two linears of a layer may share a tensor: its gradient is their sum
-        pairs += [(tensor, gradients[id(tensor)]) for _, tensor in part.tensors()]
+        pairs += [(tensor, gradients[id(tensor)]) for _, tensor in part.tensors() if id(tensor) not in there]
     return found

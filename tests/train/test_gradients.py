@@ -196,9 +196,24 @@ FAMILIES = ("gpt2", "opt-350m", "gemma2", "mixtral", "qwen3_moe-mixed", "phi3")
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layer_by_layer_is_the_whole_graph_for_every_family(dense_pair_of, name: str) -> None:  # noqa: F811
-    _, model = dense_pair_of(name)
+    check_layer_by_layer(dense_pair_of(name)[1], {})
+
+
+SHARED = {
+    "qwen3_moe": {"target_modules": ("q_proj",), "lora": {"target_parameters": ["gate_up_proj", "down_proj"]}},
+    "qwen2": {"target_modules": ("q_proj", "embed_tokens"), "lora": {"ensure_weight_tying": True}},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_tensor_that_works_in_two_places_gets_the_sum_of_their_gradients(dense_pair_of, name: str) -> None:  # noqa: F811
+    check_layer_by_layer(dense_pair_of(name)[1], SHARED[name])
+
+
+def check_layer_by_layer(model: CausalLM, options: dict[str, object]) -> None:
     rows = examples((9, 13, 11), vocabulary=97)
-    run = begun(TrainingRun(model, Slots(model), TrainingConfig(**{**ONE.as_dict(), "max_grad_norm": 0}), rows))
+    config = TrainingConfig(**{**ONE.as_dict(), "max_grad_norm": 0, **options})
+    run = begun(TrainingRun(model, Slots(model), config, rows))
     found = gradients_of(run)
     batch = packed([row.tokens for row in rows])
     batch = replace(batch, adapters=torch.full((len(batch.tokens),), run.slot, dtype=torch.int32))
