@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,28 +148,33 @@ def call(name: str, *arguments: object) -> None:
         _threads = count
     result = _function(name)(*arguments)
     assert result == 0, f"quire_{name} does not support {arguments}"
-    if _tape is not None:
-        _tape.write(name, arguments)
+    if _writing.tape is not None:
+        _writing.tape.write(name, arguments)
 
 
-_tape: Any = None
+class _Writing(threading.local):
+    """What this thread's calls are told to."""
+
+    tape: Any = None
+
+
+_writing = _Writing()
 
 
 @contextmanager
 def written_to(tape: Any) -> Iterator[None]:
-    """Every call made meanwhile is told to `tape.write`."""
-    global _tape
-    assert _tape is None
-    _tape = tape
+    """Every call that this thread makes meanwhile is told to `tape.write`."""
+    assert _writing.tape is None
+    _writing.tape = tape
     try:
         yield
     finally:
-        _tape = None
+        _writing.tape = None
 
 
 def live_numbers(values: tuple[int, ...]) -> int | None:
     """The address of `values` where a tape has a place for them."""
-    return None if _tape is None else _tape.numbers(values)
+    return None if _writing.tape is None else _writing.tape.numbers(values)
 
 
 @functools.cache
