@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -45,6 +46,7 @@ class LLM(AdapterControls):
         self._adapters = started.adapters
         if self._adapters is not None:
             self._adapters.on_change = self._engine.sweep
+            weakref.finalize(self, self._adapters.close, wait=False)
         self._numbers = itertools.count()
 
     def generate(

@@ -223,12 +223,12 @@ class AdapterManager:
         with self._changed:
             self._changed.wait(seconds)
 
-    def close(self) -> None:
-        """End the reading thread."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the reading thread, which keeps the model alive."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not None:
+        if wait and self._thread is not None:
             self._thread.join(timeout=60)
 
     # -- memory: under the lock ---------------------------------------------------------------------------------------

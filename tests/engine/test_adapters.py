@@ -3,9 +3,11 @@ or removed meanwhile."""
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,20 @@ def test_a_conversation_is_written_by_the_adapters_template(tiny_llama: Path, tm
 def test_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EngineConfig(model="m", **options)
+
+
+def test_a_dropped_llm_is_gone(tiny_llama: Path, folders: dict[str, Path]) -> None:
+    llm = small(tiny_llama, max_loras=1, max_cpu_loras=1)
+    for name in ("a0", "a1"):
+        llm.add_adapter(name, folders[name])
+    llm.generate([[5]] * 2, SamplingParams(max_tokens=2), lora_request=[LoRARequest("a0"), LoRARequest("a1")], use_tqdm=False)
+    thread, model = llm.adapters._thread, weakref.ref(llm._engine._runner.model)
+    assert thread is not None
+    assert thread.is_alive()
+    del llm
+    thread.join(timeout=10)
+    gc.collect()
+    assert model() is None
 
 
 # -- storms ---------------------------------------------------------------------------------------------------------------
