@@ -67,6 +67,7 @@ def lora(
     forward: Callable[..., Tensor], backward: Callable[..., Any], x: Tensor, y: Tensor, slots: Tensor, table: LoraTable
 ) -> Tensor:
     if torch.is_grad_enabled() and _wanted(x, y, *table.tensors):
+        y = y.clone() if y.requires_grad and y.is_leaf else y  # a leaf may not be overwritten
         return _Lora.apply(forward, backward, x, y, slots, table, *table.tensors)
     return forward(x, y, slots, table)
 
@@ -146,7 +147,10 @@ class _Lora(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, slots, *tensors)  # the tensors: so that a change before `backward` is noticed
         ctx.table, ctx.compute = table, backward
-        return forward(x, y.clone(), slots, table)
+        out = forward(x, y, slots, table)
+        if out is y:
+            ctx.mark_dirty(y)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
