@@ -9,7 +9,10 @@ import sys
 
 from benchmarks.record import record
 
-NAMES = ("scheduler", "throughput", "kernels", "quality", "kv_quality", "startup", "training", "training_kernels", "adapters")
+NAMES = (
+    *("scheduler", "throughput", "kernels", "quality", "kv_quality", "startup"),
+    *("training", "training_kernels", "adapters", "jobs"),
+)
 
 
 def main(arguments: list[str]) -> int:
