@@ -7,6 +7,7 @@ applied to the files; neither is installed or run.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from quire.weights.files import tensor_headers
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 VLLM_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight")
+DENSE_MLP = re.compile(r"\.mlp\.(gate|up|down)_proj\.lora_")
 VLLM_SAVED = {"classifier", "score"}
 
 
@@ -105,6 +107,8 @@ def _peft(raw: Mapping[str, Any], shapes: Mapping[str, Any], quire: Verdict) -> 
         reasons.append("lora_dropout must be 0 for experts, which transformers 5 keeps as parameters.")
     if experts and raw.get("use_rslora") and not raw.get("target_parameters"):
         notes.append("joining an expert's gate and up matrices, PEFT makes their scale larger by sqrt(2) with use_rslora.")
+    if experts and any(DENSE_MLP.search(key) for key in shapes):
+        notes.append("beside experts it passes over A and B of other layers' gate_proj, up_proj and down_proj.")
     if quire.reasons and not reasons:
         notes.append("it passes over tensors that are missing or unknown with a warning, and the rest may be wrong.")
     return Verdict("PEFT", tuple(reasons), tuple(notes))

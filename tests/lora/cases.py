@@ -98,6 +98,8 @@ CASES = (
     _case("moe-fused-down", "qwen3_moe", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]),
     _case("moe-old-names", "qwen3_moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     _case("moe-old-names-mixtral", "mixtral", target_modules=["q_proj", "w1", "w2", "w3"]),
+    _case("moe-all-linear", "qwen3_moe", target_modules="all-linear"),
+    _case("moe-all-linear-mixtral", "mixtral", target_modules="all-linear"),
     _case("moe-router", "qwen3_moe", target_modules=["q_proj"], target_parameters=["gate.weight"]),
 )
 BY_NAME = {case.name: case for case in CASES}

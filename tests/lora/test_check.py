@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quire.cli.main import run
+from quire.lora.adapter import write_adapter
 from quire.lora.check import Verdict, check_adapter
+from quire.lora.config import LoraConfig
+from quire.lora.new import new_adapter
 from quire.models.config import read_model_config
 from tests.lora.cases import BY_NAME, CASES, loaded_by_peft, made_by_peft
 from tests.lora.conftest import Base
@@ -99,6 +102,21 @@ def test_ranks_that_vllm_takes_with_a_flag(base_of: Callable[[str], Base], tmp_p
     case = BY_NAME["plain"]
     made_by_peft(type(case)("", "qwen3", case.options | {"r": 20}), base).save_pretrained(tmp_path)
     assert "needs --max-lora-rank 32." in verdicts(tmp_path, base)["vLLM"].notes
+
+
+def test_what_peft_passes_over_in_models_that_have_experts_in_some_layers(
+    base_of: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base, model = base_of("qwen3_moe-mixed")
+    adapter = new_adapter(model, LoraConfig(), 0)
+    assert "model.layers.0.mlp.gate_proj" in adapter.parts
+    assert "model.layers.1.mlp.experts.0.gate_proj" in adapter.parts
+    write_adapter(tmp_path / "adapter", adapter)
+    said = verdicts(tmp_path / "adapter", base)
+    assert said["Quire"].accepts
+    assert "passes over" in said["PEFT"].notes[0]
+    loaded = {name for name, _ in loaded_by_peft(base, tmp_path / "adapter").named_parameters() if "lora_" in name}
+    assert not any("layers.0.mlp" in name for name in loaded)
 
 
 def test_damage_is_seen_without_the_base_and_foreign_names_with_it(plain: tuple[Path, Path]) -> None:

@@ -92,7 +92,8 @@ def keyed(adapter: Adapter, of: Callable[[Tensor], Tensor], case: Case) -> dict[
         module: replace(part, **{name: values[id(tensor)] for name, tensor in part.tensors()})
         for module, part in adapter.parts.items()
     }
-    return tensors_of(parts, replace(adapter.config, target_parameters=parameters))
+    named = tensors_of(parts, replace(adapter.config, target_parameters=parameters))
+    return {key.replace(".block_sparse_moe.", ".mlp."): tensor for key, tensor in named.items()}
 
 
 class GivenDropout(torch.nn.Module):
