@@ -20,6 +20,7 @@ from quire.train import objective
 from quire.train.config import TrainingConfig
 from quire.train.data import read_dataset
 from quire.train.door import stop_tokens
+from quire.train.examples import cut
 from quire.train.flat import FlatParameters
 from quire.train.passes import Share, learn, places
 from quire.train.schedule import Order, rate
@@ -50,18 +51,6 @@ for module, place in places(model, list(flat.adapter.parts)).items():
     pairs = trained.setdefault(place, [])
     pairs += [(tensor, gradients[id(tensor)]) for _, tensor in flat.adapter.parts[module].tensors()]
 
-
-def micro_batches(examples, most):
-    """As many rows at a time as have at most so many tokens."""
-    taken = []
-    for example in examples:
-        if taken and sum(len(one.tokens) for one in taken) + len(example.tokens) > most:
-            yield taken
-            taken = []
-        taken.append(example)
-    yield taken
-
-
 order = Order(len(dataset.examples), config)
 for step in range(order.total_steps):
     examples = [dataset.examples[row] for row in order.step(step)]
@@ -69,7 +58,7 @@ for step in range(order.total_steps):
     total = math.fsum(weight for example in examples for weight in example.weights[1:])
     flat.gradient.zero_()
     loss = 0.0
-    for micro in micro_batches(examples, config.micro_batch_tokens):
+    for micro in cut(examples, config.micro_batch_tokens):
         share = Share(micro, slot, trained=trained)
         weights = share.weights()
         share.weigh = lambda losses, w=weights, t=total: objective.supervised(losses, w, t)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -28,3 +29,22 @@ class Example:
     def length(self) -> int:
         """Tokens that go through the model for it."""
         return len(self.tokens) + (0 if self.rejected is None else len(self.rejected.tokens))
+
+
+def sequences_of(examples: Sequence[Example]) -> list[Example]:
+    """Each example, and after it what is rejected in its place."""
+    return [one for example in examples for one in (example, example.rejected) if one is not None]
+
+
+def cut(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+    """In order, as many at once as have at most so many tokens together; a longer one alone."""
+    micro: list[Example] = []
+    room = tokens
+    for example in examples:
+        if micro and example.length > room:
+            yield micro
+            micro, room = [], tokens
+        micro.append(example)
+        room -= example.length
+    if micro:
+        yield micro

@@ -29,7 +29,7 @@ from quire.lora.slots import Slots
 from quire.models.decoder import CausalLM
 from quire.train import checkpoint, objective
 from quire.train.config import TrainingConfig
-from quire.train.examples import Example
+from quire.train.examples import Example, cut, sequences_of
 from quire.train.fingerprint import differences, fingerprint
 from quire.train.flat import FlatParameters
 from quire.train.passes import Place, Share, places
@@ -192,7 +192,7 @@ class TrainingRun:
         self.flat.gradient.zero_()
         loss, right, place = 0.0, 0, 0
         total = self._total(examples)
-        for count, micro in enumerate(_cut(examples, self.config.micro_batch_tokens)):
+        for count, micro in enumerate(cut(examples, self.config.micro_batch_tokens)):
             share = self._share(micro, numbers[place : place + len(micro)], total, count)
             yield share
             part, well = self._judged(share, "training", numbers[place : place + len(micro)], total)
@@ -224,7 +224,7 @@ class TrainingRun:
         )
 
     def _share(self, examples: Sequence[Example], numbers: Sequence[int], total: float, count: int) -> Share:
-        share = Share(_sequences(examples), self.slot, trained=self.trained)
+        share = Share(sequences_of(examples), self.slot, trained=self.trained)
         weights = share.weights()
         if self.config.method == "dpo":
             reference = self._reference("training", numbers)
@@ -258,8 +258,8 @@ class TrainingRun:
         """What the base without adapter thinks of these pairs; once in a run, for it does not change."""
         missing = [number for number in numbers if (kind, number) not in self.references]
         place = 0
-        for micro in _cut([source[number] for number in missing], self.config.micro_batch_tokens):
-            share = Share(_sequences(micro), -1)
+        for micro in cut([source[number] for number in missing], self.config.micro_batch_tokens):
+            share = Share(sequences_of(micro), -1)
             yield share
             sums = [-float(part.double().sum()) for part in share.losses.split(share.labelled())]
             for pair in zip(sums[0::2], sums[1::2], strict=True):
@@ -276,8 +276,8 @@ class TrainingRun:
         if self.config.method == "dpo":
             yield from self._refer("validation", numbers, self.validation)
         total, loss, right, place = self._total(self.validation), 0.0, 0, 0
-        for micro in _cut(self.validation, self.config.micro_batch_tokens):
-            share = Share(_sequences(micro), self.slot)
+        for micro in cut(self.validation, self.config.micro_batch_tokens):
+            share = Share(sequences_of(micro), self.slot)
             yield share
             part, well = self._judged(share, "validation", numbers[place : place + len(micro)], total)
             loss, right, place = loss + part, right + well, place + len(micro)
@@ -369,25 +369,6 @@ def _check(config: TrainingConfig, training: Sequence[Example], validation: Sequ
             raise ConfigError(f"method {config.method!r} needs {wanted}, but line {example.line} is none.")
         if not example.supervised or (example.rejected is not None and not example.rejected.supervised):
             raise ConfigError(f"line {example.line} has no token to learn.")
-
-
-def _sequences(examples: Sequence[Example]) -> list[Example]:
-    """Each example, and after it what is rejected in its place."""
-    return [one for example in examples for one in (example, example.rejected) if one is not None]
-
-
-def _cut(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """In order, as many at once as have at most so many tokens together; a longer one alone."""
-    micro: list[Example] = []
-    room = tokens
-    for example in examples:
-        if micro and example.length > room:
-            yield micro
-            micro, room = [], tokens
-        micro.append(example)
-        room -= example.length
-    if micro:
-        yield micro
 
 
 def _by_place(model: CausalLM, flat: FlatParameters) -> dict[Place, list[tuple[Tensor, Tensor]]]:
