@@ -21,8 +21,8 @@ from quire.models.decoder import CausalLM
 
 log = logger(__name__)
 
-# Beyond it the arithmetic takes so much longer that Python's share does not matter, and what is written down much memory.
-MOST_ROWS = 16
+# Beyond it the arithmetic takes so much longer that Python's share does not matter.
+MOST_ROWS = 64
 MOST_BYTES = 64 << 20
 TABLE_STEP = 32  # blocks by which the tables of a shape grow
 SHORTEST_REACH = 256

@@ -19,7 +19,7 @@ from quire.ops.cpu import library
 
 MOST_ARGUMENTS = 12
 _aten = torch.ops.aten
-# What makes room, by the name of the operator; what comes out of it is kept.
+# What makes room.
 ROOM = frozenset({_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided})
 
 
@@ -39,11 +39,12 @@ class Tape:
         self.refused: str | None = None
         self._live = [(values, (ctypes.c_int64 * len(values))(*values)) for values in live]
         self._kept: list[Any] = []
+        self._room: dict[int, list[torch.UntypedStorage]] = {}
         self._calls: list[_Call] = []
         with library.written_to(self), _Watch(self):
             self.result = compute()
         self._array = (_Call * len(self._calls))(*self._calls)
-        self.bytes = sum(t.numel() * t.element_size() for t in self._kept if isinstance(t, Tensor))
+        self.bytes = sum(size * len(storages) for size, storages in self._room.items()) + ctypes.sizeof(self._array)
         self._calls.clear()
 
     def replay(self, *live: tuple[int, ...]) -> Tensor:
@@ -76,12 +77,14 @@ class Tape:
         self._kept.append(given)
         return ctypes.addressof(given)
 
-    def saw(self, operator: Any, made: Any) -> None:
-        """Called for everything that torch does meanwhile."""
-        if operator.overloadpacket in ROOM:
-            self._kept.append(made)
-        elif not operator.is_view:
-            self.refused = self.refused or str(operator)
+    def room(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which has just been made, in memory that stays: of a tensor that is gone by now, where there is one."""
+        size = tensor.untyped_storage().nbytes()
+        for storage in self._room.setdefault(size, []):
+            if _holders(storage) == 1:
+                return tensor.set_(storage, 0, tensor.shape, tensor.stride())
+        self._room[size].append(tensor.untyped_storage())
+        return tensor
 
 
 class _Watch(TorchDispatchMode):
@@ -92,5 +95,13 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         made = func(*args, **(kwargs or {}))
-        self.tape.saw(func, made)
+        if func.overloadpacket in ROOM:
+            return self.tape.room(made)
+        if not func.is_view:
+            self.tape.refused = self.tape.refused or str(func)
         return made
+
+
+def _holders(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storages share this memory, this one included."""
+    return torch._C._storage_Use_Count(storage._cdata)
