@@ -122,16 +122,19 @@ void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_
 //   tiles(weight, panel, step, steps, room): a block as tiles, in the weight itself or in room;
 //   add(...): the block's products, added to the sums of a band; finish(...): the sums' way into y.
 
-// Rows of x as they are, 16 to a task.
+// 16 rows to a task, read side by side. fill(row, room) gives the row's bytes up to a whole step, made in room or not.
 template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t bytes, const Fill &fill) {
     Rows out = {steps, bytes, 1, nullptr, nullptr, nullptr};
     out.values = static_cast<uint8_t *>(quire::scratch(0, up(rows, BAND) * steps * bytes));
     quire::parallel(up(rows, TILE_ROWS) / TILE_ROWS, [&](int64_t task) {
-        for (int64_t r = task * TILE_ROWS; r < std::min(rows, (task + 1) * TILE_ROWS); r++) {
-            const uint8_t *line = fill(r);
-            uint8_t *to = out.values + r / BAND * steps * BAND * bytes + r % BAND * bytes;
-            for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * BAND * bytes, line + s * bytes, size_t(bytes));
-        }
+        const int64_t first = task * TILE_ROWS, count = std::min<int64_t>(TILE_ROWS, rows - first);
+        const int64_t size = up(steps * bytes, 64);
+        auto room = static_cast<uint8_t *>(quire::scratch(6, TILE_ROWS * size));
+        const uint8_t *lines[TILE_ROWS];
+        for (int64_t r = 0; r < count; r++) lines[r] = fill(first + r, room + r * size);
+        uint8_t *to = out.values + (first / BAND * steps * BAND + first % BAND) * bytes;
+        for (int64_t s = 0; s < steps; s++, to += BAND * bytes)
+            for (int64_t r = 0; r < count; r++) std::memcpy(to + r * bytes, lines[r] + s * bytes, size_t(bytes));
     });
     return out;
 }
@@ -203,11 +206,11 @@ template <class Values> struct Dense {
     static constexpr int64_t STEP = TILE_BYTES / 2;  // inputs of a step
     const Product &product;
     int64_t inputs = product.weights[0]->inputs;
-    Rows x = rows_in_tiles(product.rows, up(inputs, STEP) / STEP, TILE_BYTES, [this](int64_t r) {
-        auto line = static_cast<uint8_t *>(quire::scratch(1, up(inputs, STEP) * 2));
-        std::memcpy(line, product.row(r), size_t(inputs) * 2);
-        std::memset(line + inputs * 2, 0, size_t(up(inputs, STEP) - inputs) * 2);
-        return line;
+    Rows x = rows_in_tiles(product.rows, up(inputs, STEP) / STEP, TILE_BYTES, [this](int64_t r, uint8_t *room) {
+        if (inputs % STEP == 0) return static_cast<const uint8_t *>(product.row(r));
+        std::memcpy(room, product.row(r), size_t(inputs) * 2);
+        std::memset(room + inputs * 2, 0, size_t(up(inputs, STEP) - inputs) * 2);
+        return static_cast<const uint8_t *>(room);
     });
 
     int64_t unit() const { return 1; }
@@ -244,17 +247,16 @@ Rows quantized(const Product &product, int64_t inputs, int64_t group, int64_t by
     const int64_t groups = (inputs + group - 1) / group, steps = up(inputs, bytes) / bytes;
     auto scales = static_cast<float *>(quire::scratch(4, product.rows * groups * 4));
     auto sums = static_cast<int32_t *>(quire::scratch(5, product.rows * groups * 4));
-    const int64_t whole = up(steps * bytes, 16);
-    Rows out = rows_in_tiles(product.rows, steps, bytes, [&](int64_t r) {
-        auto line = static_cast<float *>(quire::scratch(1, whole * 5));
-        auto values = reinterpret_cast<int8_t *>(line + whole);
+    Rows out = rows_in_tiles(product.rows, steps, bytes, [&](int64_t r, uint8_t *room) -> const uint8_t * {
+        const int64_t whole = up(inputs, LANES);
+        auto line = static_cast<float *>(quire::scratch(1, whole * 4));
         row_to_floats(product.type, product.row(r), inputs, line);
         std::fill(line + inputs, line + whole, 0.0f);
-        std::memset(values, 0, size_t(whole));
         for (int64_t g = 0; g < groups; g++)
-            quantize_row(line + g * group, std::min(group, inputs - g * group), values + g * group, scales + r * groups + g,
-                         sums + r * groups + g);
-        return reinterpret_cast<const uint8_t *>(values);
+            quantize_row(line + g * group, std::min(group, inputs - g * group), reinterpret_cast<int8_t *>(room) + g * group,
+                         scales + r * groups + g, sums + r * groups + g);
+        if (steps * bytes > whole) std::memset(room + whole, 0, size_t(steps * bytes - whole));
+        return room;
     });
     out.groups = groups, out.scales = scales, out.sums = sums;
     return out;

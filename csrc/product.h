@@ -99,23 +99,31 @@ constexpr int64_t FEW_ROWS_TASKS = 64;  // long runs of panels for each thread, 
 
 // ---- integers --------------------------------------------------------------------------------------------------------
 
-typedef int8_t Signed __attribute__((vector_size(LANES)));
-
 // x: `count` floats, zeros after them up to whole vectors.
 inline void quantize_row(const float *x, int64_t count, int8_t *out, float *scale, int32_t *sum) {
-    Floats most = {};
-    for (int64_t i = 0; i < count; i += LANES) most = larger(magnitude(load<Floats>(x + i)), most);
-    float largest = 0;
-    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
-    const float s = std::max(largest / 127, 1.17549435e-38f);
-    Ints total = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Ints q = nearest(load<Floats>(x + i) / all(s));
-        total += q;
-        store(out + i, __builtin_convertvector(q, Signed));
+    Floats most = {}, others = {};  // two chains
+    int64_t at = 0;
+    for (; at + 2 * LANES <= count; at += 2 * LANES) {
+        most = larger(magnitude(load<Floats>(x + at)), most);
+        others = larger(magnitude(load<Floats>(x + at + LANES)), others);
     }
-    *sum = 0;
-    for (int lane = 0; lane < LANES; lane++) *sum += total[lane];
+    for (; at < count; at += LANES) most = larger(magnitude(load<Floats>(x + at)), most);
+    most = larger(most, others);
+    const float s = std::max(largest_lane(most) / 127, 1.17549435e-38f);
+    const Floats divisor = all(s), inverse = all(1 / s);
+    Ints total = {};
+    const auto write = [&](const auto &divided) {
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Ints q = nearest(divided(load<Floats>(x + i)));
+            total += q;
+            store(out + i, narrow_to<Bytes>(bits<Words>(q) & 0xffu));
+        }
+    };
+    if (s > 0x1p-80f && s < 0x1p80f)  // no remainder is denormal
+        write([&](Floats value) { return quotient(value, divisor, inverse); });
+    else
+        write([&](Floats value) { return value / divisor; });
+    *sum = sum_of_lanes(total);
     *scale = s;
 }
 
