@@ -147,7 +147,7 @@ class ServerOptions:
     def data_folder(self) -> Path | None:
         """Where files and jobs are kept; None if the server takes none."""
         if self.data_dir is not None:
-            return Path(self.data_dir)
+            return Path(self.data_dir).expanduser()
         return envs.data_dir() if self.enable_fine_tuning else None
 
     @property

@@ -128,7 +128,7 @@ class Files:
         try:
             upload.finish()
         except OSError as error:
-            raise _storage_error(error) from None
+            raise storage_error(error) from None
         created = self._clock()
         expires_at = None if expires_after is None else created + expires_after
         name, id = clean_name(filename), new_id("file-")
@@ -293,7 +293,7 @@ def _record(row: sqlite3.Row) -> FileRecord:
     return FileRecord(**{**dict(row), "deleted": bool(row["deleted"])})
 
 
-def _storage_error(error: OSError) -> Exception:
+def storage_error(error: OSError) -> Exception:
     """A full disk is the server's trouble, and trying again at once will not help."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Unavailable("the server's disk is full.")

@@ -75,7 +75,8 @@ class FineTuning:
             raise InvalidRequest(
                 f"lora.r must be at most {self._most_rank} on this server (--max-lora-rank), got {rank}.", parameter="lora.r"
             )
-        return self.jobs.create(owner, request, base_part(self._names[0]))
+        assert self._trainer is not None
+        return self.jobs.create(owner, request, base_part(self._names[0]), self._trainer.base_digest)
 
     @property
     def training(self) -> int:

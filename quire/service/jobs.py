@@ -78,7 +78,7 @@ class Jobs:
 
     # clients
 
-    def create(self, owner: str, request: JobRequest, base: str) -> Job:
+    def create(self, owner: str, request: JobRequest, base: str, base_digest: str) -> Job:
         """A new job; when this returns, it is on the disk. `base`: the base model's part of the new model's name."""
         for place in ("training_file", "validation_file"):
             id = getattr(request, place)
@@ -91,7 +91,7 @@ class Jobs:
             events[1] += f" and validation file: {request.validation_file}"
         created = self._clock()
         metadata = None if request.metadata is None else json.dumps(dict(request.metadata))
-        facts = {"name": name, "seed": request.seed if request.seed is not None else int(new_seed(job_id))}
+        facts = {"name": name, "base": base_digest, "seed": request.seed if request.seed is not None else int(new_seed(job_id))}
         row = (job_id, owner, "validating_files", created, metadata, json.dumps(request.plain()), json.dumps(facts))
 
         def insert(connection: sqlite3.Connection) -> None:

@@ -66,6 +66,7 @@ class Trainer:
         self._work_folder = folder / "jobs"
         self._most_training = most_training
         self._stamp = Stamp.of(engine)
+        self.base_digest: str = self._stamp.fields["base_digest"]
         self.shelf = Shelf(folder / "adapters", engine.adapters, jobs, self._stamp)
         self.gaps = Gaps(latency_budget)
         self._driver = Driver(self.gaps, self._report, self._holds)
@@ -137,7 +138,7 @@ class Trainer:
             self._look.clear()
 
     def _validate_next(self) -> None:
-        for job in self._jobs.standing("validating_files"):
+        for job in self._standing("validating_files"):
             if self._stopping:
                 return
             try:
@@ -149,6 +150,10 @@ class Trainer:
             facts = {"hyperparameters": data.hyperparameters, "validated": True, "config": data.config.as_dict()}
             events = [*notes, Event("Files validated, moving job to queued state")]
             self._jobs.move(job.id, ("validating_files",), "queued", facts, events)
+
+    def _standing(self, status: str) -> list[Job]:
+        """The jobs that wait with that status for this base; those of another base wait for it."""
+        return [job for job in self._jobs.standing(status) if job.facts["base"] == self.base_digest]
 
     def _read(self, job: Job) -> JobData:
         """A job's data; whatever goes wrong in reading is the job's end, not the thread's."""
@@ -165,7 +170,7 @@ class Trainer:
             raise JobFailed(f"The job failed while reading its files: {type(error).__name__}.", "server_error", None) from None
 
     def _start_next(self) -> None:
-        for job in self._jobs.standing("queued"):
+        for job in self._standing("queued"):
             if self._stopping or len(self._active) >= self._most_training:
                 return
             if job.id in self._active:
@@ -175,6 +180,12 @@ class Trainer:
                     return
             except JobFailed as error:
                 self._fail(job.id, error, ("queued",))
+            except (EngineDead, CancelledError):
+                return
+            except Exception as error:
+                log.exception("job %s cannot be started", job.id)
+                failed = JobFailed(f"The job could not be started: {type(error).__name__}.", "server_error", None)
+                self._fail(job.id, failed, ("queued",))
 
     def _begin(self, job: Job) -> bool:
         """Start or resume a job; False if there is no room for it now."""
@@ -230,7 +241,8 @@ class Trainer:
             )
             return run
         except (ConfigError, AdapterError) as error:
-            raise JobFailed(str(error), "invalid_hyperparameters", "lora") from None
+            message = str(error).replace(f"{self._work_folder}/", "")
+            raise JobFailed(message, "invalid_hyperparameters", "lora") from None
         except (MemoryError, RuntimeError) as error:
             raise JobFailed(f"The job could not be started: {error}", "server_error", None) from None
 

@@ -74,17 +74,17 @@ def test_settings_of_the_run() -> None:
 def test_unfinished_jobs_are_bounded(house: House) -> None:
     file = house.upload(b'{"a": 1}\n')
     request = job_request({**BODY, "training_file": file.id})
-    first = house.jobs.create("me", request, "m")
-    house.jobs.create("me", request, "m")
+    first = house.jobs.create("me", request, "m", "digest")
+    house.jobs.create("me", request, "m", "digest")
     with pytest.raises(TooManyRequests):
-        house.jobs.create("me", request, "m")
+        house.jobs.create("me", request, "m", "digest")
     house.jobs.cancel("me", first.id)
-    house.jobs.create("me", request, "m")
+    house.jobs.create("me", request, "m", "digest")
 
 
 def test_a_change_and_its_events_are_one(house: House) -> None:
     file = house.upload(b'{"a": 1}\n')
-    job = house.jobs.create("me", job_request({**BODY, "training_file": file.id}), "m")
+    job = house.jobs.create("me", job_request({**BODY, "training_file": file.id}), "m", "digest")
 
     def broken(connection: Any) -> None:
         raise ValueError("half-way")

@@ -15,7 +15,7 @@ from quire.server.multipart import MAX_FIELD, parts
 from quire.server.routes.generate import options_of
 from quire.server.routes.openai import OpenAIRoute, after_of, fine_tuning_of, limit_of, listed, owner_of
 from quire.service.blobs import Upload
-from quire.service.files import FileRecord, Files
+from quire.service.files import FileRecord, Files, storage_error
 
 router = APIRouter(route_class=OpenAIRoute)
 
@@ -35,6 +35,8 @@ async def create(request: Request) -> dict[str, Any]:
     try:
         fields, filename = await _receive(request, upload)
         return shown(await asyncio.to_thread(_keep, house.files, owner_of(request), upload, fields, filename))
+    except OSError as error:
+        raise storage_error(error) from None
     finally:
         house.uploads -= 1
         upload.discard()
