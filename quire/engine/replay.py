@@ -1,8 +1,9 @@
 """Small steps without Python's share: the decoder's native calls are written down once for a shape of batch and made again.
 
 A step of one row spends a sixth of its time between two kernels. What is written down reads its inputs from tensors of its
-own, so a batch is copied there first. Steps that compute something outside of the native kernels, and steps with adapters,
-whose tables change, go the ordinary way, with the same bits. Knows no request.
+own, so a batch is copied there first. What is in the slots of adapters is a part of what was written: when it changes, steps
+with adapters are written anew. Steps that compute something outside of the native kernels go the ordinary way, with the same
+bits. Knows no request.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ MOST_BYTES = 64 << 20
 TABLE_STEP = 32  # blocks by which the tables of a shape grow
 SHORTEST_REACH = 256
 
-Shape = tuple[int, int, int]
+BASE = -1  # the version of steps without adapters
+
+Shape = tuple[int, int, int, int]  # rows, sequences, width of the tables, version of the slots
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class _Recorded:
         self.batch.positions.copy_(batch.positions)
         self.batch.slots.copy_(batch.slots)
         self.batch.block_tables[:, :width].copy_(batch.block_tables)
+        if batch.adapters is not None:
+            self.batch.adapters.copy_(batch.adapters)
         return self.tape.replay(batch.starts, batch.lengths).clone()
 
 
@@ -53,15 +58,19 @@ class Replay:
         self._recorded: OrderedDict[Shape, _Recorded] = OrderedDict()
         self._seen: set[Shape] = set()
         self._bytes = 0
-        self._refused = False
+        self._refused: set[int] = set()  # versions
+        self._version = BASE
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """What `model(batch)` gives, bit for bit."""
+    def __call__(self, batch: Batch, version: int = BASE) -> Tensor:
+        """What `model(batch)` gives, bit for bit. version: of the slots that the batch's adapters are in."""
         rows = len(batch.tokens)
-        if self._refused or rows > MOST_ROWS or batch.adapters is not None:
+        if version not in (BASE, self._version):
+            self._forget_version(self._version)
+            self._version = version
+        if version in self._refused or rows > MOST_ROWS:
             return self.model(batch)
         width = -(-batch.block_tables.shape[1] // TABLE_STEP) * TABLE_STEP
-        shape, longest = (rows, len(batch.lengths), width), max(batch.lengths)
+        shape, longest = (rows, len(batch.lengths), width, version), max(batch.lengths)
         recorded = self._recorded.get(shape)
         if recorded is not None and longest <= recorded.reach:
             self._recorded.move_to_end(shape)
@@ -83,11 +92,12 @@ class Replay:
             slots=batch.slots.clone(),
             block_tables=batch.block_tables.new_zeros(shape[1], shape[2]),
             logit_rows=None,
+            adapters=None if batch.adapters is None else batch.adapters.clone(),
         )
         own.block_tables[:, : batch.block_tables.shape[1]].copy_(batch.block_tables)
         tape = ops.record(lambda: self.model(own), live=(own.starts, own.lengths))
         if tape is None or tape.refused:
-            self._refused = True
+            self._refused.add(shape[3])
             log.debug("steps are not replayed: %s", "no native kernels" if tape is None else tape.refused)
             return self.model(own) if tape is None else tape.result
         self._forget(shape)
@@ -96,6 +106,14 @@ class Replay:
         while self._bytes > MOST_BYTES and len(self._recorded) > 1:
             self._forget(next(iter(self._recorded)))
         return tape.result.clone()
+
+    def _forget_version(self, version: int) -> None:
+        if version == BASE:
+            return
+        for shape in [shape for shape in self._recorded if shape[3] == version]:
+            self._forget(shape)
+        self._seen = {shape for shape in self._seen if shape[3] != version}
+        self._refused.discard(version)
 
     def _forget(self, shape: Shape) -> None:
         old = self._recorded.pop(shape, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from quire.batch import KVCache
 from quire.engine.builder import Rows, build
 from quire.engine.kv import copy_blocks
-from quire.engine.replay import Replay
+from quire.engine.replay import BASE, Replay
 from quire.lora.serving import ServingSlots
 from quire.models.decoder import CausalLM
 from quire.scheduler.step import Step
@@ -34,7 +34,7 @@ class Runner:
         copy_blocks(self.kv, step.copies)
         slot_of = self.adapters.of({chunk.adapter for chunk in step.chunks}) if self.adapters else None
         batch, rows = build(step, self.kv, scored, slot_of)
-        hidden = self._forward(batch)
+        hidden = self._forward(batch, BASE if batch.adapters is None else self.adapters.version)
         slots = None if batch.adapters is None else batch.adapters[batch.logit_rows]
         result = Result(self.model, rows, hidden, slots, hidden.new_empty(0, 0))
         if rows.num_drawn:

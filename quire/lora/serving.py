@@ -40,6 +40,11 @@ class ServingSlots:
             self._slots.give_back(self._slot_of.pop(digest))
 
     @property
+    def version(self) -> int:
+        """Of what is in the slots (`Slots.version`)."""
+        return self._slots.version
+
+    @property
     def num_used(self) -> int:
         return len(self._slot_of)
 

@@ -24,6 +24,7 @@ class Slots:
         self.model = model
         self.device = next(model.parameters()).device
         self._modules = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+        self.version = 0  # of what is placed: as long as it stands, so do the tables of the sockets
         self._free: list[int] = []
         self._placed: list[dict[str, Entry]] = []  # by slot and module
         self._dropouts: list[Dropout] = []
@@ -65,6 +66,7 @@ class Slots:
     def _set(self, slot: int, entries: dict[str, Entry]) -> None:
         assert slot < len(self._placed), f"slot {slot} was not taken"
         assert slot not in self._free, f"slot {slot} was given back"
+        self.version += 1
         before, self._placed[slot] = self._placed[slot], entries
         for name in before.keys() | entries.keys():
             module = self._modules[name]

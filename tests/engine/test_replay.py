@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quire import LLM, SamplingParams, ops
+from quire import LLM, LoRARequest, SamplingParams, ops
 from quire.engine import replay
+from quire.engine.replay import BASE, Replay
 from quire.ops.select import selected
+from tests.lora.making import LINEAR, save_adapter
 
 pytestmark = pytest.mark.skipif(selected().__name__ != "quire.ops.cpu", reason="only native calls are written down")
 
@@ -54,6 +56,27 @@ def test_sequences_outgrow_what_was_recorded(tiny_llama: Path, monkeypatch: pyte
     assert len(forward._recorded) > 1
     monkeypatch.setattr(replay, "MOST_ROWS", 0)
     assert found == answers(tiny_llama, prompts, sampling)[0]
+
+
+def test_adapters_come_and_go(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three adapters on two slots: what was written with one that is gone is not used again."""
+    folders = [save_adapter(tmp_path / f"a{seed}", tiny_llama, seed, r=4 + seed, targets=LINEAR) for seed in range(3)]
+    adapters = [LoRARequest(folder.name, seed + 1, str(folder)) for seed, folder in enumerate(folders)]
+
+    def rounds() -> tuple[list, Replay]:
+        llm = LLM(str(tiny_llama), num_gpu_blocks_override=256, max_model_len=512, enable_lora=True, max_loras=2)
+        found = []
+        for pair in ([0, 1], [1, 2], [0, None], [0, 1]):
+            chosen = [None if number is None else adapters[number] for number in pair]
+            outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS[:2]], SAMPLING, lora_request=chosen, use_tqdm=False)
+            found.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs])
+        return found, llm._engine._runner._forward
+
+    found, forward = rounds()
+    assert {shape[3] for shape in forward._recorded} - {BASE}
+    monkeypatch.setattr(replay, "MOST_ROWS", 0)
+    assert found == rounds()[0]
+    assert found[0] == found[3]
 
 
 def test_memory_is_bounded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
