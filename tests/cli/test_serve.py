@@ -65,9 +65,27 @@ SPECIAL = {
     "num_gpu_blocks_override": 64,
     "kv_cache_memory_bytes": 1 << 20,
     "kv_cache_dtype": "fp8_e5m2",
+    "max_lora_rank": 32,
+    "lora_dtype": "float32",
+    "lora_modules": ("a=b",),
 }
 # What a flag needs beside it.
-ALSO = {"host": ["--insecure"], "calculate_kv_scales": ["--kv-cache-dtype", "fp8"]}
+ALSO = {
+    "host": ["--insecure"],
+    "calculate_kv_scales": ["--kv-cache-dtype", "fp8"],
+    **{
+        name: ["--enable-lora"]
+        for name in (
+            "max_loras",
+            "max_lora_rank",
+            "max_cpu_loras",
+            "lora_dtype",
+            "lora_modules",
+            "lora_dir",
+            "allowed_lora_path",
+        )
+    },
+}
 # Options whose value must exist on the machine or is refused today.
 SKIPPED = {"model", "ssl_keyfile", "ssl_certfile", "tensor_parallel_size", "pipeline_parallel_size", "quantization"}
 
@@ -85,7 +103,7 @@ def test_each_flag_reaches_its_field(quire: Quire, served: list, tiny_llama: Pat
         text, expected = VALUES[field.type]
         if field.name in SPECIAL:
             expected = SPECIAL[field.name]
-            text = str(expected)
+            text = expected[0] if isinstance(expected, tuple) else str(expected)
         words = [flag, text]
     ran = quire("serve", str(tiny_llama), *words, *ALSO.get(field.name, []))
     assert ran.code == 0, ran.err
@@ -93,6 +111,22 @@ def test_each_flag_reaches_its_field(quire: Quire, served: list, tiny_llama: Pat
     assert getattr(made, field.name) == expected
     default = field.default if field.default is not MISSING else field.default_factory()
     assert expected != default
+
+
+def test_fine_tuning_serves_adapters(quire: Quire, served: list, tiny_llama: Path, tmp_path: Path) -> None:
+    assert quire("serve", str(tiny_llama), "--data-dir", str(tmp_path)).code == 0
+    config, options = served[-1]
+    assert config.enable_lora
+    assert config.max_loras == 2
+    assert config.gpu_memory_utilization == 0.6
+    assert options.data_folder == tmp_path
+    assert quire("serve", str(tiny_llama), "--enable-fine-tuning", "--max-loras", "8").code == 0
+    assert (served[-1][0].max_loras, served[-1][0].max_cpu_loras) == (8, 8)
+    refused = quire("serve", str(tiny_llama), "--enable-fine-tuning", "--no-enable-lora")
+    assert refused.code != 0
+    assert "--no-enable-lora" in refused.err
+    assert quire("serve", str(tiny_llama)).code == 0
+    assert served[-1][1].data_folder is None, "nothing is kept unless it is asked for"
 
 
 @pytest.mark.parametrize(
