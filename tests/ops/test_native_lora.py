@@ -219,6 +219,13 @@ def test_rows_may_lie_apart_and_nothing_beside_them_is_written(isa: str) -> None
     room[:, 5:38] = y
     got = cpu.lora(wide[:, 7:31], room[:, 5:38], slots, table)
     assert torch.equal(got, cpu.lora(wide[:, 7:31].contiguous(), y.clone(), slots, table))
+    spread = slots.repeat_interleave(3)[::3]
+    assert torch.equal(cpu.lora(wide[:, 7:31], y.clone(), spread, table), got)
+    assert torch.equal(cpu.loras(wide[:, 7:31], [y.clone()], spread, [table])[0], got)
+    need = [True] * len(table.tensors)
+    gradients = [cpu.lora_backward(y, wide[:, 7:31], one, table, True, need) for one in (slots, spread)]
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert all(torch.equal(*pair) for pair in zip(gradients[0][1], gradients[1][1], strict=True))
     assert room[:, :5].isnan().all()
     assert room[:, 38:].isnan().all()
 

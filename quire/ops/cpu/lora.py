@@ -61,6 +61,7 @@ def lora(x: Tensor, y: Tensor, slots: Tensor, table: NativeTable) -> Tensor:
         y = y.contiguous()
     assert slots.dtype == torch.int32
     assert x.dtype == y.dtype
+    slots = slots.contiguous()
     call(
         "lora",
         table.address,
@@ -81,6 +82,7 @@ def loras(x: Tensor, ys: Sequence[Tensor], slots: Tensor, tables: Sequence[Nativ
         x = x.contiguous()
     ys = [y if y.stride(-1) == 1 else y.contiguous() for y in ys]
     assert slots.dtype == torch.int32
+    slots = slots.contiguous()
     assert all(y.dtype == x.dtype for y in ys)
     filled = [(y, table) for y, table in zip(ys, tables, strict=True) if any(table.weights)]
     count = len(filled)
@@ -108,6 +110,7 @@ def lora_backward(
         x = x.contiguous()
     if dy.stride(-1) != 1 or dy.dtype != x.dtype:
         dy = dy.to(x.dtype).contiguous()
+    slots = slots.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype) if need_x else None
     wanted = iter(need_weights)
     gradients: list[Tensor | None] = []
