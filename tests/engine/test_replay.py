@@ -68,7 +68,8 @@ def test_adapters_come_and_go(tiny_llama: Path, tmp_path: Path, monkeypatch: pyt
         found = []
         for pair in ([0, 1], [1, 2], [0, None], [0, 1]):
             chosen = [None if number is None else adapters[number] for number in pair]
-            outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS[:2]], SAMPLING, lora_request=chosen, use_tqdm=False)
+            prompts = [{"prompt_token_ids": p} for p in PROMPTS[:2]]
+            outputs = llm.generate(prompts, SAMPLING, lora_request=chosen, use_tqdm=False)
             found.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs])
         return found, llm._engine._runner._forward
 
