@@ -17,6 +17,8 @@ from quire.models.decoder import CausalLM
 MOST_LOGITS = 1 << 25
 MOST_ROWS = 1024
 LEAST_ROWS = 16
+# Of them, those that are looked at together.
+IN_CACHE = 1 << 19
 
 
 @dataclass
@@ -43,19 +45,25 @@ def scored(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | 
     Not `ops.head_loss`, which knows the weights of rows beforehand: DPO's follow from the losses of whole sequences, and
     the accuracy wants the logits too.
     """
+    # Where logits are the head's product and no more, they are widened row by row, while they are in the cache.
+    plain = type(model).logits is CausalLM.logits
     with torch.set_grad_enabled(gradient):
         rows = hidden.detach().requires_grad_(gradient)
-        logits = model.logits(rows, adapters)
-    found = logits.detach()
-    wanted = targets[:, None]
-    right = found.gather(1, wanted)[:, 0] >= found.amax(-1)
-    table = torch.log_softmax(found, dim=-1)
-    losses = -table.gather(1, wanted)[:, 0]
-    if not gradient:
+        logits = model.lm_head(rows, adapters) if plain else model.logits(rows, adapters)
+    losses, right = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+    slope = torch.empty_like(logits, requires_grad=False) if gradient else None
+    size = max(1, IN_CACHE // logits.shape[1])
+    for start in range(0, len(rows), size):
+        piece = slice(start, start + size)
+        found, wanted = logits.detach()[piece].float(), targets[piece, None]
+        right[piece] = found.gather(1, wanted)[:, 0] >= found.amax(-1)
+        table = torch.log_softmax(found, dim=-1)
+        losses[piece] = -table.gather(1, wanted)[:, 0]
+        if slope is not None:  # softmax less one at the target
+            slope[piece] = table.exp_().scatter_add_(1, wanted, table.new_full(wanted.shape, -1.0))
+    if slope is None:
         return Scored(losses, right, None)
-    grad = table.exp_()  # softmax less one at the target
-    grad.scatter_add_(1, wanted, grad.new_full((1, 1), -1.0).expand(len(targets), 1))
-    return Scored(losses, right, torch.autograd.grad(logits, rows, grad)[0])
+    return Scored(losses, right, torch.autograd.grad(logits, rows, slope)[0])
 
 
 def losses_of(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None) -> Tensor:
