@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -28,7 +29,9 @@ const char *amx_refused() {
     const unsigned tiles = 3u << 17;
     if ((low & tiles) != tiles) return "the system does not save AMX's registers";
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return "the system does not grant the registers to this process";
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA))
+        return errno == ENOSPC ? "a thread of this process has too small a stack for signals"
+                               : "the system does not grant the registers to this process";
     return nullptr;
 #else
     return "";
