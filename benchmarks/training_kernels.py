@@ -88,7 +88,7 @@ def _adapters(shape: Shape, rank: int, many: int) -> Iterator[Case]:
         table, plainly = cpu.lora_table(parts), LoraTable(tuple(parts))
         work = 2.0 * rows * rank * (inputs + outputs)
         yield Case(
-            f"lora, {count} adapters",
+            f"lora, adapters: {count}",
             rows,
             work,
             lambda x=x, y=y, slots=slots, table=table: cpu.lora(x, y, slots, table),
