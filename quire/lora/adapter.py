@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quire import __version__
 from quire.errors import AdapterError, ModelError
+from quire.lora.base import written_names
 from quire.lora.config import ALL_LINEAR, LoraConfig, parse_lora_config
 from quire.lora.keys import parts_of, tensors_of
 from quire.lora.parts import Adapter, ModulePart
@@ -43,7 +44,14 @@ def read_adapter(folder: Path, model: CausalLM, *, allow_pickle: bool = False, m
     config = read_config(folder)
     notes = _notes(folder)
     config, parts = parts_of(read_tensors(folder, allow_pickle=allow_pickle), config, model)
-    adapter = Adapter(config, parts, notes.get("base_digest"), _chat_template(folder), _special_tokens(folder))
+    adapter = Adapter(
+        config,
+        parts,
+        notes.get("base_digest"),
+        _chat_template(folder),
+        _special_tokens(folder),
+        written_names(model, parts),
+    )
     if not parts:
         raise AdapterError(f"{TENSORS} has no tensors.")
     if max_rank is not None and adapter.rank > max_rank:
@@ -166,13 +174,13 @@ def write_adapter(
 def _files(adapter: Adapter, base_name: str | None) -> dict[str, bytes]:
     config = adapter.config
     if config.target_modules is None or config.target_modules == ALL_LINEAR:
-        whole = tuple(sorted(name for name, part in adapter.parts.items() if part.a is not None))
+        whole = tuple(sorted(adapter.written_as.get(name, name) for name, part in adapter.parts.items() if part.a is not None))
         config = replace(config, target_modules=whole)
     if base_name is not None:
         config = replace(config, base_model_name_or_path=base_name)
     files = {
         CONFIG: _pretty(config.to_json()),
-        TENSORS: save(tensors_of(adapter.parts, config), metadata={"format": "pt"}),
+        TENSORS: save(tensors_of(adapter.parts, config, adapter.written_as), metadata={"format": "pt"}),
         "README.md": _readme(adapter, config).encode(),
     }
     if adapter.chat_template is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +29,17 @@ def sizes(model: CausalLM, module: Linear | Embedding) -> tuple[int, int]:
     if isinstance(module, Linear):
         return module.inputs, module.outputs
     return (model.lm_head.outputs, model.lm_head.inputs) if module.weight is None else tuple(module.weight.shape)
+
+
+def written_name(model: CausalLM, name: str) -> str:
+    """What transformers and PEFT call a module of the tree."""
+    here, there = f"{model.prefix}.", f"{model.written_prefix}."
+    return there + name.removeprefix(here) if name.startswith(here) else name
+
+
+def written_names(model: CausalLM, names: Iterable[str]) -> dict[str, str]:
+    """Those that are not called as in the tree."""
+    return {name: written for name in names if (written := written_name(model, name)) != name}
 
 
 def dense_rows(module: Linear | Embedding, start: int, stop: int) -> Tensor:

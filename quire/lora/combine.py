@@ -91,6 +91,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         _common([adapter.base_digest for adapter in adapters], "bases"),
         template,
         next((one.special_tokens for one in adapters if one.chat_template == template), {}),
+        {name: written for adapter in adapters for name, written in adapter.written_as.items()},
     )
 
 

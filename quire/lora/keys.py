@@ -16,7 +16,7 @@ from quire.errors import AdapterError, did_you_mean
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.lora import experts
-from quire.lora.base import dense_rows, sizes
+from quire.lora.base import dense_rows, sizes, written_name
 from quire.lora.config import LoraConfig
 from quire.lora.parts import ModulePart
 from quire.lora.targets import biased_modules, saved_modules, table_name, target_modules, tied, token_modules
@@ -156,7 +156,8 @@ def _part(
 ) -> ModulePart:
     module = model.get_submodule(name)
     inputs, outputs = sizes(model, module)
-    embedding, rank = isinstance(module, Embedding), config.rank_of(name)
+    path = written_name(model, name)
+    embedding, rank = isinstance(module, Embedding), config.rank_of(path)
     a, b = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     shapes = {
         a: (rank, inputs),
@@ -178,7 +179,7 @@ def _part(
         if kind not in shapes:
             raise AdapterError(f"tensor {stored.key!r} does not belong to {'an embedding' if embedding else 'a linear layer'}.")
         if tuple(tensor.shape) != shapes[kind]:
-            raise AdapterError(_shape_error(stored.key, tensor, shapes[kind], kind, config, name))
+            raise AdapterError(_shape_error(stored.key, tensor, shapes[kind], kind, rank))
         values[kind] = tensor.float().contiguous()
     for one, other in ((a, b), (b, a)):
         if one in values and other not in values:
@@ -189,7 +190,7 @@ def _part(
     return ModulePart(
         a=values.get(a),
         b=values[b].t().contiguous() if b in values else None,
-        scale=config.scale_of(name) if a in values else 1.0,
+        scale=config.scale_of(path) if a in values else 1.0,
         b_bias=values.get("b_bias"),
         magnitude=values.get("magnitude"),
         bias=values.get("bias"),
@@ -200,10 +201,10 @@ def _part(
     )
 
 
-def _shape_error(key: str, tensor: Tensor, shape: tuple[int, ...], kind: str, config: LoraConfig, name: str) -> str:
+def _shape_error(key: str, tensor: Tensor, shape: tuple[int, ...], kind: str, rank: int) -> str:
     message = f"tensor {key!r} has shape {list(tensor.shape)}; expected {list(shape)}"
     if kind in ("a", "b", "embedding_a", "embedding_b"):
-        message += f" (rank {config.rank_of(name)} by r and rank_pattern)"
+        message += f" (rank {rank} by r and rank_pattern)"
     if kind in ("base", "embedding_a", "weight") and "embed" in key:
         message += "; an adapter whose vocabulary was resized needs a base of that size"
     return message + ". Is this the adapter's base model?"
@@ -263,8 +264,10 @@ def _check_complete(parts: Mapping[str, ModulePart], config: LoraConfig, model: 
             raise AdapterError(f"{name} has a bias, but bias is {config.bias!r}.", parameter="bias")
 
 
-def tensors_of(parts: Mapping[str, ModulePart], config: LoraConfig) -> dict[str, Tensor]:
-    """The tensors as PEFT names and shapes them."""
+def tensors_of(
+    parts: Mapping[str, ModulePart], config: LoraConfig, written_as: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors as PEFT names and shapes them. written_as: modules that it does not call as the tree does."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     if config.target_parameters:
@@ -272,7 +275,7 @@ def tensors_of(parts: Mapping[str, ModulePart], config: LoraConfig) -> dict[str,
         tensors = {f"{PREFIX}{key}": tensor for key, tensor in fused.items()}
     # The head last: tokens that it shares with the table are written once, as the table's.
     for name, part in sorted(parts.items(), key=lambda item: (item[0] == "lm_head", item[0])):
-        path = f"{PREFIX}{name}"
+        path = PREFIX + (written_as or {}).get(name, name)
         if part.a is not None:
             a, b = (".lora_embedding_A", ".lora_embedding_B") if part.embedding else (".lora_A.weight", ".lora_B.weight")
             tensors[path + a], tensors[path + b] = part.a, part.b.t()

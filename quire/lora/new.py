@@ -15,7 +15,7 @@ from torch import Tensor
 from quire.errors import AdapterError
 from quire.layers.embedding import Embedding
 from quire.lora import experts
-from quire.lora.base import dense_rows, pieces, sizes
+from quire.lora.base import dense_rows, pieces, sizes, written_name, written_names
 from quire.lora.config import LoraConfig
 from quire.lora.keys import share_tokens
 from quire.lora.norms import weight_norms
@@ -66,7 +66,7 @@ def new_adapter(model: CausalLM, config: LoraConfig, seed: int) -> Adapter:
         parts["lm_head"] = _tied_head(model, parts["lm_head"], parts[table_name(model)])
     if not parts:
         raise AdapterError("there is nothing to train: no target_modules, modules_to_save or trainable_token_indices.")
-    return Adapter(config, dict(sorted(parts.items())))
+    return Adapter(config, dict(sorted(parts.items())), written_as=written_names(model, parts))
 
 
 def _tied_head(model: CausalLM, head: ModulePart, table: ModulePart) -> ModulePart:
@@ -86,7 +86,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _part(model: CausalLM, config: LoraConfig, name: str, seed: int) -> ModulePart:
-    module, path = model.get_submodule(name), experts.configured_path(name, config, model)
+    module, path = model.get_submodule(name), experts.configured_path(written_name(model, name), config, model)
     inputs, outputs = sizes(model, module)
     embedding, rank, source = isinstance(module, Embedding), config.rank_of(path), generator(seed, name)
     if embedding and config.lora_bias:

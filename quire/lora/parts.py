@@ -65,6 +65,7 @@ class ModulePart:
 class Adapter:
     """parts by module path, sorted. Trainable where its tensors require gradients; then they are written in place.
 
+    written_as: what PEFT calls the modules that it does not call as the tree does (`base.written_name`).
     base_digest: what it was trained on (`base.base_digest`). chat_template: that it was trained with. Both may be unknown.
     """
 
@@ -73,6 +74,7 @@ class Adapter:
     base_digest: str | None = None
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    written_as: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor once, named `module|field`; one that two modules share goes under the first."""

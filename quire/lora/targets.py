@@ -14,6 +14,7 @@ from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.moe import MixtureOfExperts
 from quire.lora import experts
+from quire.lora.base import written_name
 from quire.lora.config import ALL_LINEAR, LoraConfig
 from quire.models.decoder import CausalLM
 
@@ -30,13 +31,14 @@ def target_modules(config: LoraConfig, model: CausalLM) -> list[str]:
         linears = [name for name in names if isinstance(model.get_submodule(name), Linear) and name not in never]
         found = [name for name in linears if _in_layers(config, name)]
     elif isinstance(wanted, str):
-        found = [name for name in names if re.fullmatch(wanted, name)]
+        found = [name for name in names if any(re.fullmatch(wanted, path) for path in _paths(model, name))]
     else:
         _check_entries(wanted or (), names, model, "target_modules")
         # As in PEFT, a module that is named by its whole path is in whatever its layer.
         listed = wanted or ()
-        found = [name for name in names if name in listed or (ends_with(name, listed) and _in_layers(config, name))]
-    found = [name for name in found if not excluded(config, name)]
+        whole = {name for name in names if any(path in listed for path in _paths(model, name))}
+        found = [name for name in names if name in whole or (ends_with(name, listed) and _in_layers(config, name))]
+    found = [name for name in found if not any(excluded(config, path) for path in _paths(model, name))]
     if not found and wanted:
         raise AdapterError(
             f"target_modules is {wanted!r}, which matches no linear layer of this model; there are {_leaves(names)}.",
@@ -46,6 +48,11 @@ def target_modules(config: LoraConfig, model: CausalLM) -> list[str]:
         found.append("lm_head")
     found += _parameters(config, model, names)
     return list(dict.fromkeys(found))
+
+
+def _paths(model: CausalLM, name: str) -> tuple[str, ...]:
+    """What a module is called: here, and by transformers, where that differs."""
+    return tuple(dict.fromkeys((name, written_name(model, name))))
 
 
 def table_name(model: CausalLM) -> str:
@@ -88,6 +95,7 @@ def named_one_by_one(config: LoraConfig, model: CausalLM) -> LoraConfig:
         shorter = replace(config, target_modules=entries)
         if target_modules(shorter, model) == found:
             return shorter
+    found = [written_name(model, name) for name in found]
     return replace(config, target_modules=tuple(found), layers_to_transform=None, layers_pattern=None, exclude_modules=None)
 
 
@@ -186,8 +194,9 @@ def _routers(model: CausalLM) -> set[str]:
 
 
 def _check_entries(entries: Sequence[str], names: Sequence[str], model: CausalLM, field: str) -> None:
+    written = [written_name(model, name) for name in names]
     for entry in entries:
-        if any(ends_with(name, [entry]) for name in names):
+        if any(ends_with(name, [entry]) for name in (*names, *written)):
             continue
         other = any(ends_with(name, [entry]) for name, _ in model.named_modules())
         reason = "is not a linear layer or embedding" if other else "is not in this model"

@@ -152,6 +152,11 @@ class CausalLM(nn.Module):
         """The decoder under its checkpoint's shell: it has `begin` and `finish`."""
         return self.get_submodule(self.prefix)
 
+    @property
+    def written_prefix(self) -> str:
+        """The decoder's path in the model that transformers makes of this configuration, by which adapters are named."""
+        return self.prefix
+
     def forward(self, batch: Batch) -> Tensor:
         """Hidden rows [T, E], or [R, E] where the batch names the rows whose logits are wanted."""
         hidden = self.get_submodule(self.prefix)(batch)

@@ -36,6 +36,10 @@ class Model(gemma2.Model):
 
     decoder = Gemma3Decoder
 
+    @property
+    def written_prefix(self) -> str:
+        return "model.language_model" if self.config.architecture == "Gemma3ForConditionalGeneration" else self.prefix
+
     @classmethod
     def checkpoint_names(cls, name: str) -> Iterable[str]:
         """Image-and-text files say `language_model.model.layers...`, or `model.language_model.layers...` as written later."""
