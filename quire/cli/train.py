@@ -156,7 +156,8 @@ def _train(prepared: Prepared, output: Path, resume: bool, as_json: bool) -> Non
     elif done.finished:
         loss = "" if done.loss is None else f"; last loss {done.loss:.4f}"
         checked = "" if done.validation_loss is None else f", validation loss {done.validation_loss:.4f}"
-        click.echo(f"Wrote {output}{loss}{checked}. Serve it: quire serve {prepared.model} --lora-modules mine={output}")
+        click.echo(f"Wrote {output}{loss}{checked}.")
+        click.echo(f"Serve it: quire serve {prepared.model} --enable-lora --lora-modules mine={output}")
     else:
         raise click.Abort
 
