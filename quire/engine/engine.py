@@ -86,8 +86,7 @@ class Engine:
 
     def sweep(self) -> None:
         """Between two steps: let go of adapters that have been removed."""
-        if self._runner.adapters:
-            self._runner.adapters.sweep()
+        self._runner.sweep()
 
     def _begin(self, progress: Progress, request: EngineRequest) -> None:
         """Hand the request to the scheduler: its adapter, if it has one, is in memory."""

@@ -64,9 +64,8 @@ class Replay:
     def __call__(self, batch: Batch, version: int = BASE) -> Tensor:
         """What `model(batch)` gives, bit for bit. version: of the slots that the batch's adapters are in."""
         rows = len(batch.tokens)
-        if version not in (BASE, self._version):
-            self._forget_version(self._version)
-            self._version = version
+        if version != BASE:
+            self.forget_slots_but(version)
         if version in self._refused or rows > MOST_ROWS:
             return self.model(batch)
         width = -(-batch.block_tables.shape[1] // TABLE_STEP) * TABLE_STEP
@@ -106,6 +105,12 @@ class Replay:
         while self._bytes > MOST_BYTES and len(self._recorded) > 1:
             self._forget(next(iter(self._recorded)))
         return tape.result.clone()
+
+    def forget_slots_but(self, version: int) -> None:
+        """Steps that were written with something else in the slots are of no more use, and keep that alive."""
+        if version != self._version:
+            self._forget_version(self._version)
+            self._version = version
 
     def _forget_version(self, version: int) -> None:
         if version == BASE:

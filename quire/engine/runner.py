@@ -28,6 +28,12 @@ class Runner:
         self.adapters = adapters
         self._forward = Replay(model)
 
+    def sweep(self) -> None:
+        """Between two steps: let go of adapters that are no longer in memory."""
+        if self.adapters:
+            self.adapters.sweep()
+            self._forward.forget_slots_but(self.adapters.version)
+
     @torch.inference_mode()
     def run(self, step: Step, scored: Mapping[int, int]) -> Result:
         """Compute the step. `scored` as in `builder.build`."""

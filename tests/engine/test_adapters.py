@@ -260,6 +260,19 @@ def test_options(options: dict[str, Any], words: str) -> None:
         EngineConfig(model="m", **options)
 
 
+def test_nothing_keeps_a_removed_adapter(tiny_llama: Path, folders: dict[str, Path]) -> None:
+    """Not its slot, and not the steps that were written down with it."""
+    llm = small(tiny_llama)
+    llm.add_adapter("a1", folders["a1"])
+    part = next(iter(llm.adapters.adapter("a1").parts.values()))
+    watched, part = weakref.ref(part.a), None
+    llm.generate([[5, 6]], SamplingParams(temperature=0, max_tokens=20), lora_request=LoRARequest("a1"), use_tqdm=False)
+    llm.delete_adapter("a1")
+    assert llm._engine._runner.adapters.num_used == 0
+    gc.collect()
+    assert watched() is None
+
+
 def test_a_dropped_llm_is_gone(tiny_llama: Path, folders: dict[str, Path]) -> None:
     llm = small(tiny_llama, max_loras=1, max_cpu_loras=1)
     for name in ("a0", "a1"):
