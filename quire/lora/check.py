@@ -63,10 +63,10 @@ def _quire(folder: Path, base: ModelConfig | None) -> Verdict:
     notes = [f"{PICKLE} is a pickle file: read only from the command line, with leave."] if pickled else []
     try:
         if base is None:
-            notes.append("not compared with a base model: give --model.")
             read_config(folder)
             for key, tensor in read_tensors(folder, allow_pickle=True).items():
                 _check_alone(key, tensor)
+            notes.append("not compared with a base model: give --model.")
         else:
             with torch.device("meta"):
                 model = build_model(base)
@@ -149,7 +149,7 @@ def _vllm(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder:
     if (folder / TEMPLATE).is_file():
         notes.append("the folder's chat template is not used; give it with --chat-template.")
     notes.append("A and B are rounded to the base's type.")
-    return Verdict("vLLM", tuple(reasons), tuple(notes))
+    return Verdict("vLLM", tuple(reasons), () if reasons else tuple(notes))
 
 
 def _first(keys: Iterable[str]) -> str | None:
