@@ -61,7 +61,7 @@ def journey(folder: Path, rows: int, held_out: int, tables: Sequence[str] = sql.
     settings = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 16,
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "lr_scheduler_type": "linear",
         "sample_steps": max(1, steps // 8),
         "sample_prompts": held_out,
@@ -87,7 +87,7 @@ def journey(folder: Path, rows: int, held_out: int, tables: Sequence[str] = sql.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where data, adapter and merged model go; else nothing is kept")
-    parser.add_argument("--rows", type=int, default=12_000, help="rows to train on")
+    parser.add_argument("--rows", type=int, default=16_000, help="rows to train on")
     parser.add_argument("--held-out", type=int, default=200, help="rows to judge by")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="sql-journey-"))

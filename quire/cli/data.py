@@ -17,7 +17,7 @@ def command() -> None:
 
 @command.command("sql", cls=SectionedCommand)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for train.jsonl and held_out.jsonl.")
-@click.option("--rows", default=12_000, show_default=True, help="Rows to train on.")
+@click.option("--rows", default=16_000, show_default=True, help="Rows to train on.")
 @click.option("--held-out", default=200, show_default=True, help="Rows to judge by.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same rows.")
 @click.option("--tables", multiple=True, help="Ask about these tables only. May be given several times. [default: all six]")

@@ -51,7 +51,7 @@ class Example:
 
 
 def write(
-    folder: Path, rows: int = 12_000, held_out: int = 200, seed: int = 0, tables: Sequence[str] = NAMES
+    folder: Path, rows: int = 16_000, held_out: int = 200, seed: int = 0, tables: Sequence[str] = NAMES
 ) -> tuple[Path, Path]:
     """train.jsonl and held_out.jsonl in `folder`, each whole or not there. Raises ConfigError."""
     for name, value in (("rows", rows), ("held_out", held_out)):
