@@ -1,13 +1,15 @@
-"""The journey of docs/journey.md: its data set, and that its commands exist."""
+"""The journey of docs/journey.md: its data set, a short run of it, and that the page's commands exist."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
 import sqlite3
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +18,17 @@ from quire.datasets import sql
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "journey.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """examples/sql_journey.py as a module."""
+    spec = importlib.util.spec_from_file_location("sql_journey", ROOT / "examples" / "sql_journey.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_no_held_out_content_is_ever_trained_on() -> None:
@@ -52,6 +65,16 @@ def test_the_same_seed_writes_the_same_files(tmp_path: Path, capsys: pytest.Capt
     assert 'Did you mean "cars"?' in capsys.readouterr().err
     assert run(["data", "sql", "--output", str(tmp_path / "no"), "--rows", "0"]) == 3
     assert not (tmp_path / "no").exists()
+
+
+def test_held_out_questions_come_to_be_answered(example: ModuleType, tmp_path: Path) -> None:
+    """A fifteenth of the journey's training, on one table: 0 of 40 before, 8 when this was written (36 s of processor time)."""
+    options = {"learning_rate": 4e-3, "sample_steps": 25, "eval_steps": 1000, "threads": 1}
+    found = example.journey(tmp_path, 1200, 40, tables=["employees"], **options)
+    assert found["base"] == 0
+    assert found["adapter"] >= 0.1
+    assert abs(found["merged"] - found["adapter"]) <= 0.1
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_the_page_names_commands_that_exist() -> None:
