@@ -139,14 +139,14 @@ import sys, threading, time
 from pathlib import Path
 from quire.assemble import assemble
 from quire.models.config import read_model_config
-def anonymous(kind):
+def resident(kind):
     return int(next(l for l in open("/proc/self/status") if l.startswith(kind)).split()[1]) << 10
 folder = Path(sys.argv[1])
 assemble(Path(sys.argv[2]), read_model_config(Path(sys.argv[2])), "bfloat16", sys.argv[3])  # code and its memory
-before = anonymous("VmRSS")
+before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 model = assemble(folder, read_model_config(folder), "bfloat16", sys.argv[3])
-print(anonymous("VmHWM") - before, anonymous("VmRSS") - before)
+print(resident("VmHWM") - before, resident("VmRSS") - before)
 """
 
 
@@ -159,9 +159,10 @@ def test_peak_memory_is_little_more_than_the_weights(kind: str, tiny_llama: Path
         [sys.executable, "-c", PEAK, str(folder), str(tiny_llama), kind], check=True, capture_output=True, text=True
     )
     peak, after = map(int, ran.stdout.split())
-    # One tensor and what the allocator keeps come on top: 4 to 12 MiB after, 11 to 14 at the peak.
+    # One tensor of 8 MiB, what the allocator keeps and pages that the system maps beside what is read come on top, 4 to 32 MiB;
+    # the stored float32 weights would be 150. What large models take is measured in tests/weights/test_memory.py.
     assert after < planned + (16 << 20)
-    assert peak < planned * 1.1 + (24 << 20)
+    assert peak < planned * 1.1 + (40 << 20)
 
 
 @pytest.mark.parametrize("kind", AT_LOAD)

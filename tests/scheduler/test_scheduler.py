@@ -265,7 +265,7 @@ def test_so_many_adapters_at_a_time_and_nobody_waits_for_ever() -> None:
     scheduler = Scheduler(limits, BlockPool(64), lambda request: root_key("model", request.adapter))
     numbers = iter(range(1000))
 
-    def ask(adapter: str, tokens: int = 2) -> Sequence:
+    def ask(adapter: str, tokens: int = 3) -> Sequence:
         params = SamplingParams(max_tokens=tokens)
         return scheduler.add(EngineRequest(str(next(numbers)), (1, 2, 3), params, 0.0, adapter=adapter))
 
