@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> Outcome:
         found = {"Quire": _child([sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts])}
         for label, flags in _peers(options).items():
             python = options.peers / "trl" / "bin" / "python"
-            words = [str(python), str(HERE / "training_trl.py"), str(model), str(data), *counts, *flags]
+            # -P: this folder's modules are not to be found in place of installed ones of the same name.
+            words = [str(python), "-P", str(HERE / "training_trl.py"), str(model), str(data), *counts, *flags]
             found[label] = _child(words, preload=tcmalloc(options.peers))
         if options.together:
             for batch in (options.batch, 1):
