@@ -58,6 +58,7 @@ class Replay:
         self._recorded: OrderedDict[Shape, _Recorded] = OrderedDict()
         self._seen: set[Shape] = set()
         self._bytes = 0
+        self._reached = 0  # how long sequences may be before tables of positions grow, which is torch's work
         self._refused: set[int] = set()  # versions
         self._version = BASE
 
@@ -66,24 +67,29 @@ class Replay:
         rows = len(batch.tokens)
         if version != BASE:
             self.forget_slots_but(version)
+        longest = max(batch.lengths)
         if version in self._refused or rows > MOST_ROWS:
-            return self.model(batch)
+            return self._ordinary(batch, longest)
         width = -(-batch.block_tables.shape[1] // TABLE_STEP) * TABLE_STEP
-        shape, longest = (rows, len(batch.lengths), width, version), max(batch.lengths)
+        shape = (rows, len(batch.lengths), width, version)
         recorded = self._recorded.get(shape)
         if recorded is not None and longest <= recorded.reach:
             self._recorded.move_to_end(shape)
             hidden = recorded.run(batch)
-        elif shape in self._seen:
-            hidden = self._record(shape, batch, longest)
+        elif shape in self._seen and longest <= self._reached:
+            hidden = self._record(shape, batch)
         else:
             self._seen.add(shape)
-            return self.model(batch)
+            return self._ordinary(batch, longest)
         # Most often each row's logits are wanted, in order.
         wanted = batch.logit_rows
         return hidden if len(wanted) == rows and torch.equal(wanted, torch.arange(rows)) else hidden[wanted]
 
-    def _record(self, shape: Shape, batch: Batch, longest: int) -> Tensor:
+    def _ordinary(self, batch: Batch, longest: int) -> Tensor:
+        self._reached = max(self._reached, reach(longest))
+        return self.model(batch)
+
+    def _record(self, shape: Shape, batch: Batch) -> Tensor:
         own = replace(
             batch,
             tokens=batch.tokens.clone(),
@@ -100,7 +106,7 @@ class Replay:
             log.debug("steps are not replayed: %s", "no native kernels" if tape is None else tape.refused)
             return self.model(own) if tape is None else tape.result
         self._forget(shape)
-        self._recorded[shape] = _Recorded(tape, own, reach(longest))
+        self._recorded[shape] = _Recorded(tape, own, self._reached)
         self._bytes += tape.bytes
         while self._bytes > MOST_BYTES and len(self._recorded) > 1:
             self._forget(next(iter(self._recorded)))
@@ -127,5 +133,5 @@ class Replay:
 
 
 def reach(length: int) -> int:
-    """How long sequences may become before tables of positions are made anew (as `Rope.reach` does it)."""
+    """How long sequences may become before tables of positions grow again, once `Rope.reach` was told this length."""
     return max(SHORTEST_REACH, 1 << (length - 1).bit_length())
