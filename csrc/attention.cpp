@@ -22,23 +22,14 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int PARTS = PANEL / LANES;
-#if defined(__AVX512F__)
-constexpr int MOST_ROWS = 12;          // rows of a tile: what the registers hold
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int MOST_ROWS = 3;
-#else
-constexpr int MOST_ROWS = 1;
-#endif
-constexpr int64_t TASK_ROWS = 168;     // rows that share the decoding of a span
+constexpr int64_t TASK_ROWS = 168;  // rows that share the decoding of a span
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
-// sums[r][p][v] is one chain over i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel.
-template <int ROWS, int PANELS, int WIDTH, int STEP, int ROW>
-INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel,
-                   Floats (&sums)[ROWS][PANELS * WIDTH / LANES]) {
-    constexpr int EACH = WIDTH / LANES;
+// sums[r][p][v] is one chain over i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel, of which
+// EACH vectors are read.
+template <int ROWS, int PANELS, int EACH, int WIDTH, int STEP, int ROW>
+INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * EACH]) {
     for (int64_t i = 0; i < count; i++) {
         Floats values[PANELS * EACH];
         for (int p = 0; p < PANELS; p++)
@@ -51,16 +42,22 @@ INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel,
 }
 
 // Few rows leave registers free: more panels at a time hide the latency of the chains.
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int panels_for(int rows) {
+    if (LANES == 16) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    return rows == 1 ? 2 : 1;
+}
 
 // Scores of ROWS queries [size][ROWS] with the keys of PANELS panels, into scores [ROWS][128].
 template <int ROWS, int PANELS> INLINE void score_some(int64_t size, const float *q, const float *keys, float *scores) {
-    Floats sums[ROWS][PANELS * PARTS];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PANELS * PARTS; v++) sums[r][v] = Floats{};
-    chains<ROWS, PANELS, PANEL, ROWS, 1>(size, q, keys, size * PANEL, sums);
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PANELS * PARTS; v++) store(scores + r * SPAN + v * LANES, sums[r][v]);
+    constexpr int EACH = pass_for(ROWS), SUMS = PANELS * EACH;
+    for (int first = 0; first < PARTS; first += EACH) {
+        Floats sums[ROWS][SUMS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < SUMS; v++) sums[r][v] = Floats{};
+        chains<ROWS, PANELS, EACH, PANEL, ROWS, 1>(size, q, keys + first * LANES, size * PANEL, sums);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < SUMS; v++) store(scores + r * SPAN + v / EACH * PANEL + (first + v % EACH) * LANES, sums[r][v]);
+    }
 }
 
 template <int ROWS> void score(int64_t size, const float *q, const float *keys, int panel, int last, float *scores) {
@@ -74,13 +71,17 @@ template <int ROWS> void score(int64_t size, const float *q, const float *keys, 
 template <int ROWS, int PANELS, int WIDTH>
 INLINE void mix_some(int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
                      float *out) {
-    constexpr int EACH = PANELS * WIDTH / LANES;
-    Floats sums[ROWS][EACH];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < EACH; v++) sums[r][v] = load<Floats>(out + r * stride + v * LANES) * fade[r];
-    chains<ROWS, PANELS, WIDTH, 1, SPAN>(end - begin, weights + begin, values + begin * WIDTH, PANEL * SPAN, sums);
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < EACH; v++) store(out + r * stride + v * LANES, sums[r][v]);
+    constexpr int EACH = std::min(pass_for(ROWS), WIDTH / LANES), SUMS = PANELS * EACH;
+    for (int first = 0; first < WIDTH / LANES; first += EACH) {
+        const auto place = [&](int r, int v) { return out + r * stride + v / EACH * WIDTH + (first + v % EACH) * LANES; };
+        Floats sums[ROWS][SUMS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < SUMS; v++) sums[r][v] = load<Floats>(place(r, v)) * fade[r];
+        const float *from = values + begin * WIDTH + first * LANES;
+        chains<ROWS, PANELS, EACH, WIDTH, 1, SPAN>(end - begin, weights + begin, from, PANEL * SPAN, sums);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < SUMS; v++) store(place(r, v), sums[r][v]);
+    }
 }
 
 template <int ROWS>

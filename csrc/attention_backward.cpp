@@ -15,10 +15,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int TILE = 12, KEYS = 8;  // rows, or keys, of a tile: what the registers hold
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int TILE = 3, KEYS = 2;
 #else
-constexpr int TILE = 1, KEYS = 1;
+constexpr int TILE = 6, KEYS = 4;
 #endif
 constexpr int BLOCK = 48;  // query rows of a task
 constexpr int SPAN = 128;  // keys
@@ -26,19 +24,22 @@ constexpr int SPAN = 128;  // keys
 // acc [ROWS][stride], 32 columns, += sum over i of x(i, r) * w[i][32]; x(i, r) at x[i * STEP + r * ROW].
 template <int ROWS, int STEP, int ROW, bool FRESH>
 INLINE void multiply(int64_t count, const float *x, const float *w, int64_t stride, float *acc) {
-    Floats sums[ROWS][PARTS];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PARTS; v++) sums[r][v] = FRESH ? Floats{} : load<Floats>(acc + r * stride + v * LANES);
-    for (int64_t i = 0; i < count; i++) {
-        Floats values[PARTS];
-        for (int v = 0; v < PARTS; v++) values[v] = load<Floats>(w + i * PANEL + v * LANES);
-        for (int r = 0; r < ROWS; r++) {
-            const Floats one = all(x[i * STEP + r * ROW]);
-            for (int v = 0; v < PARTS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+    constexpr int PASS = pass_for(ROWS);
+    for (int first = 0; first < PARTS; first += PASS, w += PASS * LANES, acc += PASS * LANES) {
+        Floats sums[ROWS][PASS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < PASS; v++) sums[r][v] = FRESH ? Floats{} : load<Floats>(acc + r * stride + v * LANES);
+        for (int64_t i = 0; i < count; i++) {
+            Floats values[PASS];
+            for (int v = 0; v < PASS; v++) values[v] = load<Floats>(w + i * PANEL + v * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const Floats one = all(x[i * STEP + r * ROW]);
+                for (int v = 0; v < PASS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+            }
         }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < PASS; v++) store(acc + r * stride + v * LANES, sums[r][v]);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PARTS; v++) store(acc + r * stride + v * LANES, sums[r][v]);
 }
 
 // What is known of a query row after all its scores: the largest, 1 / the sum of weights, the mean of dy v.

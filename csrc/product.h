@@ -2,16 +2,13 @@
 // width of a panel.
 #pragma once
 
+#include "panels.h"
 #include "pool.h"
 #include "quire.h"
-#include "vector.h"
 
 #include <algorithm>
 
 namespace QUIRE_ISA {
-
-constexpr int PANEL = 32;             // outputs of a panel
-constexpr int PARTS = PANEL / LANES;  // vectors of a panel's row
 
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

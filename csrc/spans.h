@@ -3,12 +3,12 @@
 #pragma once
 
 #include "functions.h"
+#include "panels.h"
 
 namespace QUIRE_ISA {
 namespace {
 
 constexpr int SPAN = 128;  // keys
-constexpr int PANEL = 32;  // keys, or dimensions, of a panel
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

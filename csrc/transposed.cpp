@@ -15,13 +15,6 @@
 namespace QUIRE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MOST_ROWS = 12;  // rows of a tile: what the registers hold
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int MOST_ROWS = 3;
-#else
-constexpr int MOST_ROWS = 1;
-#endif
 constexpr int64_t CHUNK_ROWS = 384;     // rows that share the turning of a block
 constexpr int64_t BLOCK_OUTPUTS = 512;  // of a block: 64 KiB, and as much of dy for 384 rows as a second-level cache holds
 
@@ -99,19 +92,22 @@ Turn turn_for(const quire_weight &weight) {
 
 // acc [ROWS][32] += x [count][ROWS] times w [count][32].
 template <int ROWS> void tile(int64_t count, const float *x, const float *w, float *acc) {
-    Floats sums[ROWS][PARTS];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PARTS; v++) sums[r][v] = load<Floats>(acc + r * PANEL + v * LANES);
-    for (int64_t o = 0; o < count; o++) {
-        Floats values[PARTS];
-        for (int v = 0; v < PARTS; v++) values[v] = load<Floats>(w + o * PANEL + v * LANES);
-        for (int r = 0; r < ROWS; r++) {
-            const Floats one = all(x[o * ROWS + r]);
-            for (int v = 0; v < PARTS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+    constexpr int PASS = pass_for(ROWS);
+    for (int first = 0; first < PARTS; first += PASS, w += PASS * LANES, acc += PASS * LANES) {
+        Floats sums[ROWS][PASS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < PASS; v++) sums[r][v] = load<Floats>(acc + r * PANEL + v * LANES);
+        for (int64_t o = 0; o < count; o++) {
+            Floats values[PASS];
+            for (int v = 0; v < PASS; v++) values[v] = load<Floats>(w + o * PANEL + v * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const Floats one = all(x[o * ROWS + r]);
+                for (int v = 0; v < PASS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+            }
         }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < PASS; v++) store(acc + r * PANEL + v * LANES, sums[r][v]);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < PARTS; v++) store(acc + r * PANEL + v * LANES, sums[r][v]);
 }
 
 using Tile = void (*)(int64_t, const float *, const float *, float *);

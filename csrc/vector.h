@@ -229,11 +229,6 @@ INLINE Bytes e5m2_of_floats(Floats v) { return eight_bits<21, 112>(v, 57344.0f, 
 INLINE Ints dot4(Ints acc, Words w, Ints x) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-    const __m256i even = _mm256_set1_epi16(0xff);
-    __m256i w_even = _mm256_and_si256((__m256i)w, even), w_odd = _mm256_srli_epi16((__m256i)w, 8);
-    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8), x_odd = _mm256_srai_epi16((__m256i)x, 8);
-    return acc + (Ints)_mm256_madd_epi16(w_even, x_even) + (Ints)_mm256_madd_epi16(w_odd, x_odd);
 #else
     for (int i = 0; i < 4; i++) acc += bits<Ints>(w >> (8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
     return acc;

@@ -1,0 +1,22 @@
+// The shape of products: what lies in panels of 32 columns, and how many rows and columns of it the registers hold sums for.
+#pragma once
+
+#include "vector.h"
+
+namespace QUIRE_ISA {
+
+constexpr int PANEL = 32;             // columns: outputs of a weight, keys or dimensions of a span
+constexpr int PARTS = PANEL / LANES;  // vectors of a panel's row
+
+// A tile has up to MOST_ROWS rows. With that many a pass takes MOST_VECTORS of a panel's vectors, and the next pass finds the
+// panel in the first-level cache; with few rows one pass takes them all.
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12, MOST_VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;
+#else
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 2;
+#endif
+constexpr int pass_for(int rows) { return rows <= 2 ? PARTS : MOST_VECTORS; }
+
+}  // namespace QUIRE_ISA
