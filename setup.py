@@ -1,7 +1,8 @@
 """Builds the native kernels (csrc/) with the package. All else about the package stands in pyproject.toml.
 
 Each kernel file is compiled once per instruction set into one shared library, `quire/ops/cpu/_native.so`, which is loaded with
-ctypes: no Python headers, no torch. `CXX` names the compiler (GCC or Clang); `QUIRE_CXXFLAGS` is added to its flags.
+ctypes: no Python headers, no torch. `CXX` names the compiler (GCC or Clang), whose target counts; `QUIRE_CXXFLAGS` is added to
+its flags.
 Without a compiler the package installs all the same and computes with torch alone; `quire doctor` says so.
 """
 
@@ -33,8 +34,16 @@ AMX = f"{X86['avx512']} -mavx512vbmi -mavx512bf16"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 
 
-def instruction_sets() -> dict[str, str]:
-    machine = platform.machine().lower()
+def machine_of(compiler: list[str]) -> str:
+    """The machine that the compiler compiles for: this one, unless it is a cross compiler."""
+    try:
+        answer = subprocess.run([*compiler, "-dumpmachine"], text=True, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        answer = platform.machine()
+    return answer.strip().lower().partition("-")[0]
+
+
+def instruction_sets(machine: str) -> dict[str, str]:
     if machine in ("x86_64", "amd64"):
         return X86
     return {"neon": ""} if machine in ("aarch64", "arm64") else {"generic": ""}
@@ -60,12 +69,11 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
-        amx = "avx512" in instruction_sets() and builds_tiles(compiler)
+        sets = instruction_sets(machine_of(compiler))
+        amx = "avx512" in sets and builds_tiles(compiler)
         jobs = [(name, objects / f"{name}.o", ["-DQUIRE_AMX"] if amx else []) for name in PLAIN]
-        for isa, switches in instruction_sets().items():
-            jobs += [
-                (name, objects / f"{name}_{isa}.o", [f"-DQUIRE_ISA={isa}", *switches.split()]) for name in KERNELS
-            ]
+        for isa, switches in sets.items():
+            jobs += [(name, objects / f"{name}_{isa}.o", [f"-DQUIRE_ISA={isa}", *switches.split()]) for name in KERNELS]
         if amx:
             jobs += [
                 ("amx", objects / "amx.o", ["-DQUIRE_ISA=amx", *AMX.split(), *AMX_TILES.split()]),

@@ -162,6 +162,16 @@ INLINE void transpose(Words *rows) {
         rows[c] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
         rows[c + 4] = (Words)_mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
     }
+#elif defined(__aarch64__)
+    uint64x2_t t[4];  // words of rows 0 and 1 (2 and 3) side by side: the even ones, the odd ones
+    for (int i = 0; i < 4; i += 2) {
+        t[i] = (uint64x2_t)vtrn1q_u32((uint32x4_t)rows[i], (uint32x4_t)rows[i + 1]);
+        t[i + 1] = (uint64x2_t)vtrn2q_u32((uint32x4_t)rows[i], (uint32x4_t)rows[i + 1]);
+    }
+    for (int c = 0; c < 2; c++) {
+        rows[c] = (Words)vtrn1q_u64(t[c], t[c + 2]);
+        rows[c + 2] = (Words)vtrn2q_u64(t[c], t[c + 2]);
+    }
 #else
     Words out[LANES];
     for (int i = 0; i < LANES; i++)

@@ -79,6 +79,8 @@ INLINE Floats larger(Floats a, Floats b) {
 INLINE float largest_lane(Floats v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__aarch64__)
+    return vmaxvq_f32((float32x4_t)v);
 #else
     float out = v[0];
     for (int lane = 1; lane < LANES; lane++) out = v[lane] > out ? v[lane] : out;
@@ -88,6 +90,8 @@ INLINE float largest_lane(Floats v) {
 INLINE int32_t sum_of_lanes(Ints v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)v);
+#elif defined(__aarch64__)
+    return vaddvq_s32((int32x4_t)v);
 #else
     int32_t out = 0;
     for (int lane = 0; lane < LANES; lane++) out += v[lane];
@@ -134,6 +138,8 @@ INLINE Words widen(Halves v) {
     return (Words)_mm512_cvtepu16_epi32((__m256i)v);
 #elif defined(__AVX2__)
     return (Words)_mm256_cvtepu16_epi32((__m128i)v);
+#elif defined(__aarch64__)
+    return (Words)vmovl_u16((uint16x4_t)v);
 #else
     return __builtin_convertvector(v, Words);
 #endif
@@ -143,6 +149,8 @@ INLINE Words widen(Bytes v) {
     return (Words)_mm512_cvtepu8_epi32((__m128i)v);
 #elif defined(__AVX2__)
     return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits<int64_t>(v)));
+#elif defined(__aarch64__)
+    return (Words)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bits<uint32_t>(v)))));
 #else
     return __builtin_convertvector(v, Words);
 #endif
@@ -158,6 +166,11 @@ template <class V> INLINE V narrow_to(Words v) {
     if constexpr (HALVES) return (V)_mm256_castsi256_si128(halves);
     __m256i bytes = _mm256_packus_epi16(halves, halves);
     if constexpr (!HALVES) return bits<V>(_mm256_extract_epi64(bytes, 0));
+#elif defined(__aarch64__)
+    const uint16x4_t halves = vmovn_u32((uint32x4_t)v);
+    if constexpr (HALVES) return (V)halves;
+    const uint8x8_t bytes = vmovn_u16(vcombine_u16(halves, halves));
+    if constexpr (!HALVES) return bits<V>(vget_lane_u32(vreinterpret_u32_u8(bytes), 0));
 #endif
     return __builtin_convertvector(v, V);
 }
@@ -180,6 +193,8 @@ INLINE Floats floats_of_f16(Halves v) {
     return (Floats)_mm512_cvtph_ps((__m256i)v);
 #elif defined(__AVX2__)
     return (Floats)_mm256_cvtph_ps((__m128i)v);
+#elif defined(__aarch64__)
+    return (Floats)vcvt_f32_f16((float16x4_t)v);
 #else
     Floats out;
     for (int i = 0; i < LANES; i++) out[i] = from_f16(v[i]);
@@ -191,6 +206,8 @@ INLINE Halves f16_of_floats(Floats v) {
     return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
     return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (Halves)vcvt_f16_f32((float32x4_t)v);
 #else
     Halves out;
     for (int i = 0; i < LANES; i++) out[i] = to_f16(v[i]);
@@ -229,6 +246,18 @@ INLINE Bytes e5m2_of_floats(Floats v) { return eight_bits<21, 112>(v, 57344.0f, 
 INLINE Ints dot4(Ints acc, Words w, Ints x) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (Ints)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, (int8x16_t)x);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // w - 128 is signed, and 128 times the sum of x comes back by taking off its product with -128.
+    const int32x4_t back = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(-128), (int8x16_t)x);
+    return (Ints)vdotq_s32((int32x4_t)acc, (int8x16_t)(w ^ 0x80808080u), (int8x16_t)x) - (Ints)back;
+#elif defined(__aarch64__)
+    // A product, 255 * -128 at the most, fits into 16 bits; the sum of two does not.
+    const int16x8_t w_even = (int16x8_t)(w & 0x00ff00ffu), w_odd = (int16x8_t)vshrq_n_u16((uint16x8_t)w, 8);
+    const int16x8_t x_even = vshrq_n_s16(vshlq_n_s16((int16x8_t)x, 8), 8), x_odd = vshrq_n_s16((int16x8_t)x, 8);
+    const int32x4_t sums = vpadalq_s16((int32x4_t)acc, vmulq_s16(w_even, x_even));
+    return (Ints)vpadalq_s16(sums, vmulq_s16(w_odd, x_odd));
 #else
     for (int i = 0; i < 4; i++) acc += bits<Ints>(w >> (8 * i) & 0xff) * ((x << (24 - 8 * i)) >> 24);
     return acc;
