@@ -142,7 +142,10 @@ class _Merge:
         gain = _column_gain(part, base) if part.magnitude is not None and isinstance(tree, Embedding) else None
         for start in range(0, len(base), PIECE):
             rows = base[start : start + PIECE].float()
-            exact = _offset(part, rows) if leaf == "bias" else _rows(part, start, rows, isinstance(tree, Embedding), gain)
+            if leaf == "bias":
+                exact = _offset(part, start, rows)
+            else:
+                exact = _rows(part, start, rows, isinstance(tree, Embedding), gain)
             out[start : start + PIECE] = exact
             if not any(getattr(part, name) is not None for name in _REPLACED):
                 wanted += float((exact - rows).double().square().sum())
@@ -197,6 +200,8 @@ def _column_gain(part: ModulePart, base: Tensor) -> Tensor:
     return part.magnitude / squares.sqrt()
 
 
-def _offset(part: ModulePart, bias: Tensor) -> Tensor:
-    out = bias if part.bias is None else part.bias.float()
-    return out if part.b_bias is None else out + part.scale * part.b_bias
+def _offset(part: ModulePart, start: int, bias: Tensor) -> Tensor:
+    """Numbers [N] of the bias from number `start` on, merged."""
+    here = slice(start, start + len(bias))
+    out = bias if part.bias is None else part.bias[here].float()
+    return out if part.b_bias is None else out + part.scale * part.b_bias[here]

@@ -189,6 +189,20 @@ def test_large_tensors_are_merged_in_pieces(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_long_biases_are_merged_in_pieces(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", intermediate_size=PIECE + 64, mlp_bias=True)
+    adapter = new_adapter(
+        assemble(folder, read_model_config(folder), "float32", keep_dense=True),
+        LoraConfig(r=2, target_modules=("up_proj",), bias="all"),
+        0,
+    ).frozen()
+    part = adapter.parts["model.layers.0.mlp.up_proj"]
+    part.bias.copy_(torch.arange(len(part.bias)))
+    merge(folder, adapter, tmp_path / "out", held_out=0)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["model.layers.0.mlp.up_proj.bias"], part.bias)
+
+
 def test_bin_files_become_safetensors(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "base")
     adapter = trained(folder, 0.1)
