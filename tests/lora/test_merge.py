@@ -268,10 +268,7 @@ def by_hand(folder: Path, adapter: Adapter, tokens: list[int], count: int) -> li
 
 def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, base_of: Callable[[str], Base]) -> None:
     folder, _ = base_of("qwen3")
-    quantized = write_model(tmp_path / "int8", quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     made_by_peft(BY_NAME["plain"], folder).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"weights are fp8.*quire quantize"):
-        merge(quantized, tmp_path / "adapter", tmp_path / "out")
     made_by_peft(Case("", "qwen3", {"target_modules": ["q_proj"], "lora_bias": True}), folder).save_pretrained(
         tmp_path / "bias"
     )
