@@ -18,7 +18,9 @@ from quire.service.blobs import Blobs
 from quire.service.files import Files
 from quire.service.job_request import JobRequest, resolved, training_config
 from quire.service.jobs import Job, Jobs
+from quire.service.permissions import Permissions
 from quire.service.store import Store
+from quire.service.uploads import Uploads
 
 if TYPE_CHECKING:
     from quire.service.trainer import Trainer
@@ -27,15 +29,19 @@ log = logger(__name__)
 
 
 class FineTuning:
-    """latency_budget: seconds that training may add to a step in which requests run."""
+    """latency_budget: seconds that training may add to a step in which requests run. most_bytes: of a file in parts."""
 
-    def __init__(self, folder: Path, *, latency_budget: float, most_training: int, most_unfinished: int) -> None:
+    def __init__(
+        self, folder: Path, *, latency_budget: float, most_training: int, most_unfinished: int, most_bytes: int
+    ) -> None:
         self.folder, self.latency_budget, self.most_training = folder, latency_budget, most_training
         self.uploads = 0
         self._lock = _own(folder)
         self._store = Store(folder)
         self.files = Files(self._store, Blobs(folder))
+        self.parts = Uploads(self._store, self.files, folder, most_bytes)
         self.jobs = Jobs(self._store, self.files, most_unfinished)
+        self.permissions = Permissions(self._store, self.jobs)
         self._names: tuple[str, ...] = ()
         self._most_rank = 0
         self._trainer: Trainer | None = None
