@@ -35,8 +35,10 @@ def kept_modules(model: CausalLM) -> dict[str, Linear | Embedding | Norm]:
     }
 
 
-def sizes(model: CausalLM, module: Linear | Embedding) -> tuple[int, int]:
-    """(inputs, outputs): of an embedding the vocabulary and the width."""
+def sizes(model: CausalLM, module: Linear | Embedding | Norm) -> tuple[int, int]:
+    """(inputs, outputs): of an embedding the vocabulary and the width, of a norm 1 and the width."""
+    if isinstance(module, Norm):
+        return 1, len(module.weight)
     if isinstance(module, Linear):
         return module.inputs, module.outputs
     return (model.lm_head.outputs, model.lm_head.inputs) if module.weight is None else tuple(module.weight.shape)
