@@ -99,6 +99,9 @@ class EngineConfig:
     """Adapters that are kept in memory; others are read from their folders when they are needed. If not given, max_loras."""
     lora_dtype: str = AUTO
     """Type of adapters: float32, on every base (auto is the same)."""
+    training_jobs: int = 0
+    """Fine-tuning jobs of rank max_lora_rank that the memory plan leaves room for. With --enable-fine-tuning, quire serve plans
+    for as many as train together."""
     packed_cache: str = "off"
     """Keep packed (and quantized) weights for a quicker next start: off, auto (in the user's cache folder) or a folder. Takes
     as much disk as the weights; QUIRE_PACKED_CACHE_BYTES limits it."""
@@ -150,7 +153,8 @@ class EngineConfig:
             _whole("max_cpu_loras", self.max_cpu_loras, 1)
             if self.max_cpu_loras < self.max_loras:
                 raise ConfigError(f"max_cpu_loras must be at least max_loras={self.max_loras}, got {self.max_cpu_loras}.")
-        for name in ("max_loras", "max_lora_rank", "max_cpu_loras"):
+        _whole("training_jobs", self.training_jobs, 0)
+        for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "training_jobs"):
             if not self.enable_lora and getattr(self, name) != getattr(EngineConfig, name):
                 raise ConfigError(f"{name} needs enable_lora, which is not given: adapters would not be served.")
 

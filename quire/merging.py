@@ -33,18 +33,21 @@ from quire.quant.scheme import scheme_of
 from quire.quant.texts import rows_of, texts_of
 from quire.text.chat import render
 from quire.text.tokenizer import Tokenizer
-from quire.weights.files import BYTES_OF, checkpoint_files
+from quire.weights.dense import DequantizedTensors, StoredTensors
 from quire.weights.hub import resolve
 from quire.weights.save import SHARD_BYTES, copy_companions, refuse_contents, whole_folder
 
 Rows = list[list[int]]
 Say = Callable[[str], None]
+# Files that say how a base was quantized.
+QUANTIZERS_OWN = ("quantize_config.json", "quant_config.json", "recipe.yaml", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What was written and what it cost. lost: the share of the update that rounding took (0 none, 1 all), and the tensor
-    where it took most. drift: None where it was not measured. digest: of the adapter that was merged or written."""
+    where it took most. drift: None where it was not measured. digest: of the adapter that was merged or written.
+    dequantized: how the base's weights were quantized, None: they were dense. dtype: of what was written, None: as before."""
 
     output: Path
     adapters: tuple[str, ...]
@@ -54,6 +57,8 @@ class MergeReport:
     lost_most: tuple[str, float] | None = None
     untied: bool = False
     drift: Drift | None = None
+    dequantized: str | None = None
+    dtype: str | None = None
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def merge(
 ) -> MergeReport:
     """Write `model` with `adapters` in its weights to `output`, a new folder that needs nothing else.
 
-    weights, how: what to make of several adapters (`quire.lora.combine`). dtype: of the weights; None: as they are.
+    weights, how: what to make of several adapters (`quire.lora.combine`). dtype: of the weights; None: as they are, or of a
+    quantized base, whose weights become dense, the type that its configuration names.
     adapter_only: write the combined adapter instead, in PEFT's layout. held_out: rows of `length` tokens to compare adapter
     and merged model on, of `data` or of the built-in text; 0: do not. Raises ConfigError, ModelError and AdapterError before
     anything is written; whatever happens later, `output` is whole or not there.
@@ -88,7 +94,7 @@ def merge(
     refuse_contents(output)
     folder = resolve(str(model), revision)
     config = read_model_config(folder)
-    _check(config, dtype, adapter_only)
+    _check(dtype, adapter_only)
     with torch.device("meta"):
         tree = build_model(config)
     given = [adapters] if isinstance(adapters, (str, Path, Adapter)) else list(adapters)
@@ -100,14 +106,19 @@ def merge(
     if adapter_only:
         write_adapter(output, adapter, base_name=str(model))
         return MergeReport(**facts, seconds=time.monotonic() - begin)
-    _check_space(folder, output, config, dtype)
+    source, dequantized = _source(folder, config, tree)
+    if dequantized is not None:
+        dtype = dtype or (config.dtype if config.dtype in DTYPES else "float32")
+        say(f"The base's weights are {dequantized}; what is written is dense, {dtype}.")
+    total = _total(source, dtype)
+    _check_space(output, total)
     if (threads := envs.threads()) is not None:
         torch.set_num_threads(threads)
     compute = plan_dtype("auto", dtype or config.dtype, "cpu")
     rows = _held_out(folder, adapter, data, held_out, min(length, config.max_position_embeddings))
     before = _before(folder, config, compute, rows, adapter) if rows else None
     with whole_folder(output) as working:
-        merged = _write(folder, working, tree, adapter, dtype, shard_bytes)
+        merged = _write(source, total, working, tree, adapter, dtype, shard_bytes)
         mixed = f" ({(how or Combination()).kind}, weights {weights})" if weights or how else ""
         _describe(folder, working, adapter, merged, dtype, _card(output, str(model), names, mixed, adapter, merged))
         drift = None
@@ -121,21 +132,17 @@ def merge(
         lost_most=(rounding.worst_name, rounding.worst),
         untied=merged.untied,
         drift=drift,
+        dequantized=dequantized,
+        dtype=dtype,
         seconds=time.monotonic() - begin,
     )
 
 
-def _check(config: ModelConfig, dtype: str | None, adapter_only: bool) -> None:
+def _check(dtype: str | None, adapter_only: bool) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if dtype is not None and adapter_only:
         raise ConfigError(f"dtype is of a merged model's weights, got {dtype!r} with adapter_only; adapters are float32.")
-    if not adapter_only and (scheme := scheme_of(config.raw, None)) is not None:
-        raise ConfigError(
-            f"model must have dense weights to be merged into, got one whose weights are {scheme.method}. Merge into the dense "
-            "model that it was made from and quantize the result (quire quantize), or serve the adapter beside it as it is "
-            "(quire serve MODEL --enable-lora --lora-modules NAME=ADAPTER)."
-        )
 
 
 def _compare_bases(folder: Path, names: Sequence[str], adapters: Sequence[Adapter], say: Say) -> None:
@@ -147,10 +154,24 @@ def _compare_bases(folder: Path, names: Sequence[str], adapters: Sequence[Adapte
                 say(f"Warning: {name} was trained on a base with other weights (its base_digest differs).")
 
 
-def _check_space(folder: Path, output: Path, config: ModelConfig, dtype: str | None) -> None:
-    needed = sum(path.stat().st_size for path in checkpoint_files(folder))
-    if dtype is not None:
-        needed = needed * BYTES_OF[dtype] // BYTES_OF.get(config.dtype, BYTES_OF[dtype])
+def _source(folder: Path, config: ModelConfig, tree: CausalLM) -> tuple[StoredTensors, str | None]:
+    """The base's tensors as dense ones, and how its weights were quantized, if they were."""
+    scheme = scheme_of(config.raw, None)
+    if scheme is None:
+        return StoredTensors(folder), None
+    return DequantizedTensors(folder, tree, scheme), scheme.method
+
+
+def _total(source: StoredTensors, dtype: str | None) -> int:
+    """Bytes of the merged weights."""
+
+    def size(tensor: torch.Tensor) -> int:
+        return (DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+
+    return sum(tensor.numel() * size(tensor) for _, tensor in source.planned())
+
+
+def _check_space(output: Path, needed: int) -> None:
     place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -181,18 +202,21 @@ def _scored(model: CausalLM, rows: Rows, adapter: Adapter | None, title: str) ->
         return scores(model, rows, adapter, advance)
 
 
-def _write(folder: Path, working: Path, tree: CausalLM, adapter: Adapter, dtype: str | None, most: int) -> Merged:
-    total = sum(path.stat().st_size for path in checkpoint_files(folder))
+def _write(
+    source: StoredTensors, total: int, working: Path, tree: CausalLM, adapter: Adapter, dtype: str | None, most: int
+) -> Merged:
     with log.progress("Merging", total) as advance:
-        return merge_weights(folder, working, tree, adapter, None if dtype is None else DTYPES[dtype], advance, most)
+        return merge_weights(source, working, tree, adapter, None if dtype is None else DTYPES[dtype], advance, most)
 
 
 def _describe(folder: Path, working: Path, adapter: Adapter, merged: Merged, dtype: str | None, card: str) -> None:
     """All that stands beside the weights: configuration, tokenizer, the adapter's template and a card."""
-    copy_companions(folder, working, leave_out=("README.md",))
+    copy_companions(folder, working, leave_out=("README.md", *QUANTIZERS_OWN))
     config = read_json(folder / "config.json")
     for level in (config, config.get("text_config")):
         if isinstance(level, dict):
+            for name in ("quantization_config", "compression_config"):
+                level.pop(name, None)  # what is written is dense, also where the base was not
             if merged.untied and (level is config or "tie_word_embeddings" in level):
                 level["tie_word_embeddings"] = False
             if dtype is not None:

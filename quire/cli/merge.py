@@ -72,7 +72,8 @@ def command(
     """Write MODEL (a folder, a hub id or quire-tiny) with ADAPTERS in its weights: a folder that needs nothing else.
 
     Weights keep their type, so what an adapter adds is rounded: at the end the merged model and the adapter beside its base
-    read held-out text, and their difference is printed. Several adapters are added up, each with its weight.
+    read held-out text, and their difference is printed. A quantized MODEL becomes a dense one (--dtype, or the type that its
+    configuration names). Several adapters are added up, each with its weight.
     """
     numbers = _numbers(weights)
     if held_out < 0 or length < 2:

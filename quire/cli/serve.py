@@ -73,6 +73,7 @@ def _with_adapters(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("--no-enable-lora cannot be given with --enable-fine-tuning: what is trained could not be served.")
     loras = values["max_loras"] or 2
     wishes = {"enable_lora": True, "max_loras": loras, "max_cpu_loras": max(4, loras)}
+    wishes["training_jobs"] = values["max_training_jobs"] or ServerOptions.max_training_jobs
     if values["preset"] is None:
         wishes["gpu_memory_utilization"] = SHARE_BESIDE_TRAINING
     return {**values, **{name: value for name, value in wishes.items() if values[name] is None}}

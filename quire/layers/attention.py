@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         q, k, v = self.project(x, batch.adapters)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, batch.adapters), self.k_norm(k, batch.adapters)
         out = attend(
             q, k, v, batch, self.layer, rotation=rotation, scale=self.scale, window=self.window, softcap=self.softcap
         )

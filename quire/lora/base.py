@@ -16,6 +16,7 @@ from torch import Tensor
 from quire import ops
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
+from quire.layers.norm import Norm
 from quire.models.decoder import CausalLM
 from quire.weights.files import checkpoint_files, data_start, tensor_headers
 
@@ -24,8 +25,20 @@ PIECE = 1024
 SAMPLE_BYTES = 4096
 
 
-def sizes(model: CausalLM, module: Linear | Embedding) -> tuple[int, int]:
-    """(inputs, outputs): of an embedding the vocabulary and the width."""
+def kept_modules(model: CausalLM) -> dict[str, Linear | Embedding | Norm]:
+    """The modules that an adapter may have something for, by path: linears, embeddings, and norms that have a weight."""
+    kinds = (Linear, Embedding)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) or (isinstance(module, Norm) and module.weight is not None)
+    }
+
+
+def sizes(model: CausalLM, module: Linear | Embedding | Norm) -> tuple[int, int]:
+    """(inputs, outputs): of an embedding the vocabulary and the width, of a norm 1 and the width."""
+    if isinstance(module, Norm):
+        return 1, len(module.weight)
     if isinstance(module, Linear):
         return module.inputs, module.outputs
     return (model.lm_head.outputs, model.lm_head.inputs) if module.weight is None else tuple(module.weight.shape)

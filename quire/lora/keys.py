@@ -15,8 +15,9 @@ from torch import Tensor
 from quire.errors import AdapterError, did_you_mean
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
+from quire.layers.norm import Norm
 from quire.lora import experts
-from quire.lora.base import dense_rows, sizes, written_name
+from quire.lora.base import dense_rows, kept_modules, sizes, written_name
 from quire.lora.config import LoraConfig
 from quire.lora.parts import ModulePart
 from quire.lora.targets import biased_modules, saved_modules, table_name, target_modules, tied, token_modules
@@ -60,7 +61,7 @@ def parts_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: CausalLM)
 
     Raises AdapterError for keys that are unknown, missing, of another shape or not finite.
     """
-    found = _placed(tensors, model)
+    found = _placed(_without_copies(tensors), model)
     fused = {path: kinds for path, kinds in found.items() if experts.is_fused(path)}
     for path in fused:
         del found[path]
@@ -79,9 +80,20 @@ def parts_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: CausalLM)
     return config, dict(sorted(parts.items()))
 
 
+def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what PEFT writes a second time where `bias` is "all" and a module in `modules_to_save` has a bias: the base's
+    own, and the saved one under the name that it has in PEFT's tree."""
+    copies = (".original_module.bias", ".modules_to_save.bias")
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not any(key.endswith(copy) and f"{key.removesuffix(copy)}.bias" in tensors for copy in copies)
+    }
+
+
 def _placed(tensors: Mapping[str, Tensor], model: CausalLM) -> Found:
     """Tensors by module (or by path, where a layer's experts are in one) and kind."""
-    modules = {name for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+    modules = set(kept_modules(model))
     found: Found = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
@@ -111,7 +123,9 @@ def _module(path: str, modules: set[str], model: CausalLM, key: str) -> str:
                 return name
     if any(name == path for name, _ in model.named_modules()):
         kind = type(model.get_submodule(path)).__name__
-        raise AdapterError(f"tensor {key!r} is for a {kind}; only linear layers and embeddings are kept for each adapter.")
+        raise AdapterError(
+            f"tensor {key!r} is for a {kind}; only linear layers, embeddings and norms are kept for each adapter."
+        )
     raise AdapterError(f"tensor {key!r} is for {path!r}, which this model does not have.{did_you_mean(path, modules)}")
 
 
@@ -155,6 +169,8 @@ def _part(
     name: str, kinds: Mapping[str, Stored], config: LoraConfig, model: CausalLM, tokens: tuple[int, ...]
 ) -> ModulePart:
     module = model.get_submodule(name)
+    if isinstance(module, Norm):
+        return _norm_part(name, module, kinds)
     inputs, outputs = sizes(model, module)
     path = written_name(model, name)
     embedding, rank = isinstance(module, Embedding), config.rank_of(path)
@@ -199,6 +215,19 @@ def _part(
         token_ids=tokens if "tokens" in values else (),
         embedding=embedding,
     )
+
+
+def _norm_part(name: str, module: Norm, kinds: Mapping[str, Stored]) -> ModulePart:
+    """A norm's weight and bias; there is nothing else that it can have."""
+    shape = tuple(module.weight.shape)
+    for kind, stored in kinds.items():
+        if kind not in ("weight", "bias"):
+            raise AdapterError(f"tensor {stored.key!r} does not belong to a norm, which has a weight and a bias at most.")
+        if kind == "bias" and module.bias is None:
+            raise AdapterError(f"tensor {stored.key!r} is a bias, but the base's {name} has none.")
+        if tuple(stored.tensor.shape) != shape:
+            raise AdapterError(_shape_error(stored.key, stored.tensor, shape, kind, 0))
+    return ModulePart(**{kind: stored.tensor.float().contiguous() for kind, stored in kinds.items()})
 
 
 def _shape_error(key: str, tensor: Tensor, shape: tuple[int, ...], kind: str, rank: int) -> str:
@@ -248,6 +277,8 @@ def _check_complete(parts: Mapping[str, ModulePart], config: LoraConfig, model: 
     for name in sorted(wholes):
         if name not in parts or parts[name].weight is None:
             raise missing(name, ".weight", "modules_to_save")
+        if getattr(model.get_submodule(name), "bias", None) is not None and parts[name].bias is None:
+            raise missing(name, ".bias", "modules_to_save")
     for name in tokens:
         if name not in parts or parts[name].tokens is None:
             raise missing(name, ".token_adapter.trainable_tokens_delta", "trainable_token_indices")

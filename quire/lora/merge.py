@@ -1,5 +1,7 @@
 """An adapter written into its base's weights, tensor by tensor: W + s B A in float32, rounded to the type of the file.
 
+Where the base is quantized, W is what its stored numbers stand for, and all that is written is dense.
+
 Knows weights, an adapter and a folder to write to; knows no tokenizer, no template and no measuring (quire/merging.py).
 Letters: R rank, I inputs, O outputs, V vocabulary, E width.
 """
@@ -18,9 +20,8 @@ from quire.errors import AdapterError
 from quire.layers.embedding import Embedding
 from quire.lora.parts import Adapter, ModulePart
 from quire.models.decoder import CausalLM
-from quire.weights.files import checkpoint_files
+from quire.weights.dense import StoredTensors
 from quire.weights.save import SHARD_BYTES, Planned, stream_weights
-from quire.weights.tensors import stored_tensors
 
 # Rows that are in float32 at a time.
 PIECE = 1024
@@ -62,7 +63,7 @@ class Merged:
 
 
 def merge_weights(
-    source: Path,
+    source: StoredTensors,
     output: Path,
     model: CausalLM,
     adapter: Adapter,
@@ -70,7 +71,7 @@ def merge_weights(
     advance: Callable[[int], None],
     most: int = SHARD_BYTES,
 ) -> Merged:
-    """The weights of `source` with `adapter` in them, as files in `output`. model: the base's tree, without memory.
+    """The tensors of `source` with `adapter` in them, as files in `output`. model: the base's tree, without memory.
 
     dtype: of all floating tensors; None: as they are. Raises AdapterError for what no weight can hold, naming it.
     """
@@ -79,7 +80,12 @@ def merge_weights(
 
 class _Merge:
     def __init__(
-        self, source: Path, model: CausalLM, adapter: Adapter, dtype: torch.dtype | None, advance: Callable[[int], None]
+        self,
+        source: StoredTensors,
+        model: CausalLM,
+        adapter: Adapter,
+        dtype: torch.dtype | None,
+        advance: Callable[[int], None],
     ) -> None:
         self.source, self.model, self.adapter, self.dtype, self.advance = source, model, adapter, dtype, advance
         self.names = {name for name, _ in model.named_parameters()}
@@ -92,7 +98,7 @@ class _Merge:
         self.left = {f"{name}.{leaf}" for name, part in adapter.parts.items() for leaf in _leaves(part)}
 
     def write(self, output: Path, most: int) -> Merged:
-        planned = [one for stored, tensor in self._stored() for one, _ in self._plan(stored, tensor)]
+        planned = [one for stored, tensor in self.source.planned() for one, _ in self._plan(stored, tensor)]
         if self.merged.untied:
             self.left.discard(HEAD)
         elif self.model.config.tie_word_embeddings:
@@ -105,10 +111,6 @@ class _Merge:
             )
         stream_weights(output, planned, self._tensors(), most)
         return self.merged
-
-    def _stored(self) -> Iterator[tuple[str, Tensor]]:
-        for path in checkpoint_files(self.source):
-            yield from stored_tensors(path)
 
     def _plan(self, stored: str, tensor: Tensor) -> Iterator[tuple[Planned, str | None]]:
         """What becomes of one tensor of the files: (what is written, its name in the tree if it has one there)."""
@@ -124,7 +126,7 @@ class _Merge:
             yield Planned(prefix + HEAD, dtype, tuple(tensor.shape)), HEAD
 
     def _tensors(self) -> Iterator[Tensor]:
-        for stored, tensor in self._stored():
+        for stored, tensor in self.source.tensors():
             for one, name in self._plan(stored, tensor):
                 module, _, leaf = (name or "").rpartition(".")
                 part = self.adapter.parts.get(module)
@@ -142,11 +144,15 @@ class _Merge:
         gain = _column_gain(part, base) if part.magnitude is not None and isinstance(tree, Embedding) else None
         for start in range(0, len(base), PIECE):
             rows = base[start : start + PIECE].float()
-            exact = _offset(part, rows) if leaf == "bias" else _rows(part, start, rows, isinstance(tree, Embedding), gain)
+            if leaf == "bias":
+                exact = _offset(part, start, rows)
+            else:
+                exact = _rows(part, start, rows, isinstance(tree, Embedding), gain)
             out[start : start + PIECE] = exact
             if not any(getattr(part, name) is not None for name in _REPLACED):
                 wanted += float((exact - rows).double().square().sum())
-                missed += float((exact - out[start : start + PIECE].float()).double().square().sum())
+                arrived = out[start : start + PIECE].float() - rows.to(one.dtype).float()
+                missed += float((exact - rows - arrived).double().square().sum())
         if not torch.isfinite(out).all():
             raise AdapterError(f"{module}.{leaf} is out of the range of {one.dtype} when merged: choose --dtype bfloat16.")
         self.merged.rounding.add(f"{module}.{leaf}", wanted, missed)
@@ -197,6 +203,8 @@ def _column_gain(part: ModulePart, base: Tensor) -> Tensor:
     return part.magnitude / squares.sqrt()
 
 
-def _offset(part: ModulePart, bias: Tensor) -> Tensor:
-    out = bias if part.bias is None else part.bias.float()
-    return out if part.b_bias is None else out + part.scale * part.b_bias
+def _offset(part: ModulePart, start: int, bias: Tensor) -> Tensor:
+    """Numbers [N] of the bias from number `start` on, merged."""
+    here = slice(start, start + len(bias))
+    out = bias if part.bias is None else part.bias[here].float()
+    return out if part.b_bias is None else out + part.scale * part.b_bias[here]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.errors import AdapterError
 from quire.layers.embedding import Embedding
+from quire.layers.norm import Norm
 from quire.lora import experts
 from quire.lora.base import dense_rows, pieces, sizes, written_name, written_names
 from quire.lora.config import LoraConfig
@@ -46,7 +47,8 @@ def new_adapter(model: CausalLM, config: LoraConfig, seed: int) -> Adapter:
     for name in saved_modules(config, model):
         module = model.get_submodule(name)
         bias = None if isinstance(module, Embedding) else module.bias
-        whole = _copy(torch.cat([rows for _, rows in pieces(model, module)]))
+        norm = isinstance(module, Norm)
+        whole = _copy(module.weight if norm else torch.cat([rows for _, rows in pieces(model, module)]))
         parts[name] = ModulePart(
             weight=whole, bias=None if bias is None else _copy(bias), embedding=isinstance(module, Embedding)
         )

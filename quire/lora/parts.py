@@ -22,7 +22,7 @@ TENSORS = ("a", "b", "b_bias", "magnitude", "bias", "weight", "tokens")
 
 @dataclass(frozen=True, eq=False)
 class ModulePart:
-    """What an adapter has for one linear or embedding; float32, None where it has nothing of that kind.
+    """What an adapter has for one linear, embedding or norm; float32, None where it has nothing of that kind.
 
     a [R, I] and b [R, O] (B transposed) with their scale; b_bias [O], which is added to B's product before the scale.
     Of an embedding a is [R, V] and b [R, E]. magnitude [O]: the row norms of DoRA. bias [O]: in place of the base's.

@@ -1,4 +1,4 @@
-"""The slots of a model: which adapter's rows go through which numbers. Sets the sockets of linears and embeddings.
+"""The slots of a model: which adapter's rows go through which numbers. Sets the sockets of linears, embeddings, norms.
 
 To be used between two steps, from the thread that runs the model. Serving and training slots come from the same object.
 Knows no names of adapters and no limit on their number.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import heapq
 from weakref import WeakKeyDictionary
 
-from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
+from quire.lora.base import kept_modules
 from quire.lora.dropout import Dropout
 from quire.lora.parts import Adapter
 from quire.lora.sockets import Entry, RarePart, socket
@@ -23,7 +22,7 @@ class Slots:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self._modules = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+        self._modules = kept_modules(model)
         self.version = 0  # of what is placed: as long as it stands, so do the tables of the sockets
         self._free: list[int] = []
         self._placed: list[dict[str, Entry]] = []  # by slot and module

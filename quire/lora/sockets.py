@@ -1,4 +1,4 @@
-"""What is set into a linear or an embedding whose rows go through adapters.
+"""What is set into a linear, an embedding or a norm whose rows go through adapters.
 
 Almost all adapters are A and B on linears: `PlainSocket`, one operation. The others take a slot's rows out, change them and
 put them back, through operations that are exact by the row, so that a row never depends on the rows beside it; rows whose
@@ -17,6 +17,7 @@ from torch import Tensor
 from quire import ops
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
+from quire.layers.norm import Norm
 from quire.lora.dropout import Dropout
 from quire.lora.norms import weight_norms
 from quire.lora.parts import ModulePart
@@ -159,17 +160,39 @@ class EmbeddingSocket:
         return out
 
 
+@dataclass
+class NormSocket:
+    """A norm: weights and biases of the adapters' own. Their rows are normed once more, which costs little."""
+
+    norm: Norm
+    entries: Sequence[Entry]
+
+    def __call__(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
+        for one, rows in _rows(self.entries, slots):
+            if len(rows):
+                y = y.index_copy(0, rows, self._changed(one.part, x[rows]).to(y.dtype))
+        return y
+
+    def _changed(self, part: ModulePart, x: Tensor) -> Tensor:
+        weight = self.norm.weight.float() if part.weight is None else part.weight
+        bias = self.norm.bias if part.bias is None else part.bias
+        out = self.norm.unweighted(x) * (weight + self.norm.offset)
+        return out if bias is None else out + bias.float()
+
+
 def _rows(entries: Sequence[Entry], slots: Tensor) -> Iterator[tuple[Entry, Tensor]]:
     for one in entries:
         yield one, (slots == one.slot).nonzero()[:, 0]
 
 
-def socket(module: Linear | Embedding, name: str, entries: Sequence[Entry]) -> Any:
+def socket(module: Linear | Embedding | Norm, name: str, entries: Sequence[Entry]) -> Any:
     """The socket of a module for what the slots have for it; None where none has anything."""
     if not entries:
         return None
     if isinstance(module, Embedding):
         return EmbeddingSocket(entries)
+    if isinstance(module, Norm):
+        return NormSocket(module, entries)
     weights: list[LoraWeight | None] = [None] * (max(one.slot for one in entries) + 1)
     for one in entries:
         if one.part.a is not None:

@@ -14,7 +14,7 @@ from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.moe import MixtureOfExperts
 from quire.lora import experts
-from quire.lora.base import written_name
+from quire.lora.base import kept_modules, written_name
 from quire.lora.config import ALL_LINEAR, LoraConfig
 from quire.models.decoder import CausalLM
 
@@ -100,9 +100,9 @@ def named_one_by_one(config: LoraConfig, model: CausalLM) -> LoraConfig:
 
 
 def saved_modules(config: LoraConfig, model: CausalLM) -> list[str]:
-    """The linears and embeddings that `modules_to_save` replaces whole. Raises AdapterError for other kinds, unknown names."""
+    """The modules that `modules_to_save` replaces whole. Raises AdapterError for unknown names and kinds that are not kept."""
     found: dict[str, None] = {}
-    paths = dict(model.named_modules())
+    paths, kept = dict(model.named_modules()), kept_modules(model)
     for entry in config.modules_to_save or ():
         roots = [path for path in paths if path and path.endswith(entry)]
         if not roots:
@@ -111,12 +111,12 @@ def saved_modules(config: LoraConfig, model: CausalLM) -> list[str]:
         for path, module in paths.items():
             if not any(path == root or path.startswith(f"{root}.") for root in roots):
                 continue
-            if isinstance(module, (Linear, Embedding)):
+            if path in kept:
                 found[path] = None
             elif next(module.parameters(recurse=False), None) is not None:
                 raise AdapterError(
-                    f"modules_to_save has {entry!r}: {path} is a {type(module).__name__}; only linear layers and "
-                    "embeddings are kept for each adapter.",
+                    f"modules_to_save has {entry!r}: {path} is a {type(module).__name__}; only linear layers, "
+                    "embeddings and norms are kept for each adapter.",
                     parameter="modules_to_save",
                 )
     if tied(config, model) and table_name(model) in found:
@@ -146,20 +146,14 @@ def token_modules(config: LoraConfig, model: CausalLM) -> dict[str, tuple[int, .
 
 
 def biased_modules(config: LoraConfig, model: CausalLM, targets: Iterable[str]) -> list[str]:
-    """The linears whose bias the adapter has its own of."""
+    """The modules whose bias the adapter has its own of: linears, and by "all" norms too."""
     if config.bias == "none":
         return []
-    names = set(targets) if config.bias == "lora_only" else set()
-    for name, module in model.named_modules() if config.bias == "all" else ():
-        if getattr(module, "bias", None) is not None and not isinstance(module, Linear):
-            raise AdapterError(
-                f"bias is 'all', which includes that of {name}, a {type(module).__name__}; only linear layers' biases are "
-                "kept for each adapter. Use bias='lora_only'.",
-                parameter="bias",
-            )
-        names.add(name)
-    modules = ((name, module) for name, module in model.named_modules() if name in names and isinstance(module, Linear))
-    return [name for name, module in modules if module.bias is not None]
+    biased = [name for name, module in kept_modules(model).items() if getattr(module, "bias", None) is not None]
+    if config.bias == "all":
+        return biased
+    wanted = set(targets)
+    return [name for name in biased if name in wanted]
 
 
 def ends_with(name: str, entries: Iterable[str]) -> bool:

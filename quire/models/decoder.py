@@ -61,8 +61,8 @@ class DecoderLayer(nn.Module):
         return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        x = ops.add(x, self.self_attn(self.input_layernorm(x), rotation, batch))
-        return ops.add(x, self.mlp(self.post_attention_layernorm(x), batch.adapters))
+        x = ops.add(x, self.self_attn(self.input_layernorm(x, batch.adapters), rotation, batch))
+        return ops.add(x, self.mlp(self.post_attention_layernorm(x, batch.adapters), batch.adapters))
 
 
 def layer_step(layer: nn.Module, *context: object) -> LayerStep:
@@ -120,8 +120,7 @@ class Decoder(nn.Module):
         return self.embed(batch), [layer_step(layer, rotations.get(rope), batch) for layer, rope in ropes]
 
     def finish(self, x: Tensor, batch: Batch) -> Tensor:
-        del batch  # for decoders that end with a linear
-        return self.norm(x)
+        return self.norm(x, batch.adapters)
 
     def forward(self, batch: Batch) -> Tensor:
         return run(self, batch)

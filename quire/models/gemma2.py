@@ -34,8 +34,11 @@ class Gemma2Layer(DecoderLayer):
         return attention
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        x = ops.add(x, self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, batch)))
-        return ops.add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), batch.adapters)))
+        adapters = batch.adapters
+        attended = self.self_attn(self.input_layernorm(x, adapters), rotation, batch)
+        x = ops.add(x, self.post_attention_layernorm(attended, adapters))
+        widened = self.mlp(self.pre_feedforward_layernorm(x, adapters), adapters)
+        return ops.add(x, self.post_feedforward_layernorm(widened, adapters))
 
 
 class Gemma2Decoder(Decoder):

@@ -59,8 +59,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = ops.add(x, self.attn(self.ln_1(x), batch))
-        return ops.add(x, self.mlp(self.ln_2(x), batch.adapters))
+        x = ops.add(x, self.attn(self.ln_1(x, batch.adapters), batch))
+        return ops.add(x, self.mlp(self.ln_2(x, batch.adapters), batch.adapters))
 
 
 class GPT2Decoder(nn.Module):
@@ -78,8 +78,7 @@ class GPT2Decoder(nn.Module):
         return x, [layer_step(block, batch) for block in self.h]
 
     def finish(self, x: Tensor, batch: Batch) -> Tensor:
-        del batch
-        return self.ln_f(x)
+        return self.ln_f(x, batch.adapters)
 
     def forward(self, batch: Batch) -> Tensor:
         return run(self, batch)

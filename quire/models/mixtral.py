@@ -44,8 +44,8 @@ class MixtralLayer(DecoderLayer):
         """No `mlp` here."""
 
     def forward(self, x: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, batch)
-        return x + self.block_sparse_moe(self.post_attention_layernorm(x), batch.adapters)
+        x = x + self.self_attn(self.input_layernorm(x, batch.adapters), rotation, batch)
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x, batch.adapters), batch.adapters)
 
 
 class MixtralDecoder(Decoder):

@@ -63,11 +63,12 @@ class OPTLayer(nn.Module):
         return self.fc2(ops.activation(self.fc1(x, adapters), self.activation), adapters)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        adapters = batch.adapters
         if self.norm_first:
-            x = ops.add(x, self.self_attn(self.self_attn_layer_norm(x), batch))
-            return ops.add(x, self.feed_forward(self.final_layer_norm(x), batch.adapters))
-        x = self.self_attn_layer_norm(ops.add(x, self.self_attn(x, batch)))
-        return self.final_layer_norm(ops.add(x, self.feed_forward(x, batch.adapters)))
+            x = ops.add(x, self.self_attn(self.self_attn_layer_norm(x, adapters), batch))
+            return ops.add(x, self.feed_forward(self.final_layer_norm(x, adapters), adapters))
+        x = self.self_attn_layer_norm(ops.add(x, self.self_attn(x, batch)), adapters)
+        return self.final_layer_norm(ops.add(x, self.feed_forward(x, adapters)), adapters)
 
 
 class OPTDecoder(nn.Module):
@@ -94,7 +95,7 @@ class OPTDecoder(nn.Module):
 
     def finish(self, x: Tensor, batch: Batch) -> Tensor:
         if self.final_layer_norm is not None:
-            x = self.final_layer_norm(x)
+            x = self.final_layer_norm(x, batch.adapters)
         return x if self.project_out is None else self.project_out(x, batch.adapters)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -93,6 +93,8 @@ def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSize
     }
     if wishes.adapters:
         parts[f"{config.adapters_in_memory} adapters of rank {config.max_lora_rank}"] = wishes.adapters
+    if wishes.jobs:
+        parts[f"{config.training_jobs} training jobs of rank {config.max_lora_rank}"] = wishes.jobs
     if too_small:
         fact = (
             f"{config.model} does not fit: the KV cache as stated holds {stated * config.block_size} tokens, "
@@ -111,7 +113,7 @@ def diagnose(config: EngineConfig, model: ModelConfig, weights: int | WeightSize
     exits = [*_shorter(config, length, attempt), *_fp8_cache(config, wishes, length, attempt)]
     exits += _other_cache(config, wishes, needed_blocks, attempt)
     exits += [*_smaller_step(tokens, sequences, attempt), *_larger_share(config, wishes, attempt)]
-    exits += _fewer_adapters(config, attempt)
+    exits += [*_fewer_adapters(config, attempt), *_fewer_jobs(config, attempt)]
     exits += [*_other_dtype(wishes, attempt), *_quantized(wishes, attempt)]
     exits += _everything(config, attempt) if not exits else ()
     exits.append(_more_memory(config, too_small, model, weights, hardware))
@@ -188,6 +190,14 @@ def _fewer_adapters(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
     if most:
         number = least + most - 1
         yield Exit({"max_cpu_loras": number}, f"instead of {kept}; others are read again when they are needed")
+
+
+def _fewer_jobs(config: EngineConfig, attempt: Attempt) -> Iterator[Exit]:
+    """The largest number of training jobs that find room."""
+    for number in reversed(range(config.training_jobs)):
+        if attempt(training_jobs=number) is not None:
+            yield Exit({"training_jobs": number}, f"instead of {config.training_jobs}; further jobs wait for memory")
+            return
 
 
 def _larger_share(config: EngineConfig, wishes: Wishes, attempt: Attempt) -> Iterator[Exit]:

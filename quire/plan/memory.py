@@ -17,6 +17,7 @@ from quire.errors import ConfigError, DoesNotFit
 from quire.plan.activations import activation_bytes
 from quire.plan.adapters import adapter_bytes
 from quire.plan.hardware import Hardware
+from quire.plan.training import PIECE_TOKENS, TrainingBytes, training_bytes
 from quire.presets import deployment_of
 from quire.quant.scheme import scheme_of
 from quire.quant.sizes import Sizes, WeightSizes
@@ -55,6 +56,7 @@ class Plan:
     activation_bytes: int
     runtime_bytes: int
     adapter_bytes: int
+    training_bytes: int
     kv_bytes: int
     bytes_per_block: int
     memory_free: int
@@ -75,6 +77,11 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Everything that the engine will hold."""
+        return self.serving_bytes + self.training_bytes
+
+    @property
+    def serving_bytes(self) -> int:
+        """The same without the room that is left for training."""
         return self.weight_bytes + self.runtime_bytes + self.adapter_bytes + self.activation_bytes + self.kv_bytes
 
     def sequences_that_fit(self, tokens: int) -> int:
@@ -97,6 +104,7 @@ class Plan:
             f"activations at {self.max_num_batched_tokens} tokens {size_text(self.activation_bytes)} | "
             f"runtime {size_text(self.runtime_bytes)} | "
             + (f"adapters {size_text(self.adapter_bytes)} | " if self.adapter_bytes else "")
+            + (f"training {size_text(self.training_bytes)} | " if self.training_bytes else "")
             + f"KV cache {size_text(self.kv_bytes)} | unused {size_text(left)}",
             f"KV cache size: {self.kv_tokens:,} tokens ({self.num_blocks:,} blocks of {self.block_size}, "
             f"{size_text(self.bytes_per_block // self.block_size)} per token as {self.kv_cache_dtype})",
@@ -151,6 +159,7 @@ class Wishes:
     """Configuration, preset and model laid together, before anything is lowered. Ladders: values to try, largest first.
 
     weights: bytes in memory. form: the type of most of them. adapters: bytes of all that are kept in memory.
+    training: of each job that is to find room.
     """
 
     config: EngineConfig
@@ -166,7 +175,8 @@ class Wishes:
     budget: int
     seq_ladder: tuple[int, ...]
     token_ladder: tuple[int, ...]
-    adapters: int = 0
+    adapters: int
+    training: TrainingBytes
 
     @classmethod
     def of(cls, config: EngineConfig, model: ModelConfig, weights: int | WeightSizes, hardware: Hardware) -> Wishes:
@@ -202,12 +212,19 @@ class Wishes:
             seq_ladder=seqs,
             token_ladder=tokens,
             adapters=config.adapters_in_memory * adapter_bytes(model, config.max_lora_rank),
+            training=training_bytes(model, ITEM_BYTES[dtype], config.max_lora_rank, PIECE_TOKENS),
         )
 
     @property
     def pinned(self) -> bool:
         """The cache's size is stated exactly."""
         return _is_pinned(self.config)
+
+    @property
+    def jobs(self) -> int:
+        """Bytes of all jobs that are to find room. They share the pieces, so that there is one of those."""
+        count = self.config.training_jobs
+        return count * self.training.adapter + self.training.activations + self.training.head if count else 0
 
     def steps(self) -> list[tuple[int, int]]:
         """(tokens, sequences) of a step, in the order in which to try them: shorter chunks first, then fewer sequences."""
@@ -252,6 +269,7 @@ class Wishes:
             activation_bytes=self.step_bytes(tokens, sequences),
             runtime_bytes=RUNTIME_BYTES,
             adapter_bytes=self.adapters,
+            training_bytes=self.jobs,
             kv_bytes=(blocks + 1) * self.bytes_per_block,
             bytes_per_block=self.bytes_per_block,
             memory_free=self.hardware.memory_free,
@@ -262,7 +280,7 @@ class Wishes:
 
     def room_for_cache(self, tokens: int, sequences: int) -> int:
         """Usable KV blocks that the budget leaves beside everything else; 0 if there are none."""
-        room = self.budget - self.weights - RUNTIME_BYTES - self.adapters - self.step_bytes(tokens, sequences)
+        room = self.budget - self.weights - RUNTIME_BYTES - self.adapters - self.jobs - self.step_bytes(tokens, sequences)
         return max(0, room // self.bytes_per_block - 1)
 
     def step_bytes(self, tokens: int, sequences: int) -> int:

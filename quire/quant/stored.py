@@ -11,16 +11,20 @@ Eight 4-bit numbers lie in an int32, the first in its lowest bits. This room rea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quire.errors import ModelError
+from quire.ops.reference.packed import dense_values
 from quire.ops.weights import Fp8Weight, Int4Weight, Int8Weight, Weight
 from quire.quant.nearest import MIDDLE, pack_nibbles
 from quire.quant.scheme import Scheme
 
 PER_WORD = 8
+# Rows that are made dense at a time.
+PIECE = 1024
 # Place i of a word holds output AWQ_ORDER[i] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES = tuple(AWQ_ORDER.index(output) for output in range(PER_WORD))
@@ -43,6 +47,16 @@ def read(module: str, parts: Parts, scheme: Scheme, outputs: int, inputs: int) -
     """The weight [O, I] of `module` from its stored parts. Raises ModelError naming a part that is missing or misshapen."""
     reader = {"awq": _awq, "gptq": _gptq, "pack-quantized": _pack_quantized, "quantized": _quantized}[scheme.layout or ""]
     return reader(_Parts(module, parts, scheme, outputs, inputs))
+
+
+def dense(weight: Weight) -> Tensor:
+    """The matrix [O, I] that a weight stands for, float32; made in pieces, as what is between takes several times its size."""
+    out = torch.empty(weight.shape)
+    for start in range(0, len(out), PIECE):
+        rows = slice(start, start + PIECE)
+        fields = {name: getattr(weight, name)[rows] for name in ("values", "scales", "zeros") if hasattr(weight, name)}
+        out[rows] = dense_values(replace(weight, **fields))
+    return out
 
 
 class _Parts:

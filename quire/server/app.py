@@ -17,12 +17,24 @@ from quire.server.middleware.edge import Edge
 from quire.server.middleware.intake import Intake
 from quire.server.middleware.keys import ApiKeys
 from quire.server.options import ServerOptions
-from quire.server.routes import adapters, chat, completions, console, files, fine_tuning, health, metrics, models, tokenize
+from quire.server.routes import (
+    adapters,
+    chat,
+    completions,
+    console,
+    files,
+    fine_tuning,
+    health,
+    metrics,
+    models,
+    tokenize,
+    uploads,
+)
 from quire.service.adapters import Adapters
 from quire.service.application import Application
 from quire.service.fine_tuning import FineTuning
 
-_GROUPS = (health, models, completions, chat, tokenize, adapters, files, fine_tuning, metrics, console)
+_GROUPS = (health, models, completions, chat, tokenize, adapters, files, uploads, fine_tuning, metrics, console)
 
 
 def build_app(engine: Any, options: ServerOptions) -> FastAPI:
@@ -63,6 +75,7 @@ def _fine_tuning(options: ServerOptions) -> FineTuning | None:
         latency_budget=options.training_latency_budget / 1000,
         most_training=options.max_training_jobs,
         most_unfinished=options.max_queued_jobs,
+        most_bytes=options.max_parts_bytes,
     )
 
 

@@ -82,7 +82,9 @@ class ServerOptions:
     max_queued_jobs: int = 10
     """Unfinished jobs of one API key; beyond that 429."""
     max_upload_bytes: int = 512 * MIB
-    """Largest file that may be uploaded."""
+    """Largest file that may be uploaded at once."""
+    max_parts_bytes: int = 8192 * MIB
+    """Largest file that may be uploaded in parts (/v1/uploads)."""
     max_body_bytes: int = 8 * MIB
     """Longest request body."""
     max_header_bytes: int = 64 << 10
@@ -176,6 +178,7 @@ _WHOLE = ("max_num_queued_reqs", "max_num_queued_tokens", "max_requests_per_key"
 _POSITIVE = (
     "max_adapter_bytes",
     "max_upload_bytes",
+    "max_parts_bytes",
     "max_body_bytes",
     "max_header_bytes",
     "max_headers",

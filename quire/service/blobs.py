@@ -83,14 +83,14 @@ class Upload:
         """sha256 of what was written so far."""
         return self._digest.hexdigest()
 
-    def finish(self) -> None:
-        """Sync, give it its name, sync the folder."""
+    def finish(self, name: str | None = None) -> None:
+        """Sync, give it its name (its digest, if none is given), sync the folder."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        os.replace(self._path, self._target / self.digest())
+        os.replace(self._path, self._target / (name or self.digest()))
         sync_folder(self._target)
 
     def discard(self) -> None:

@@ -94,18 +94,18 @@ class Files:
 
     def create(self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None = None) -> FileRecord:
         """Keep an upload. When this returns, file and row are on the disk."""
-        if purpose not in PURPOSES:
-            raise InvalidRequest(
-                f"'{purpose[:100]}' is not one of {list(PURPOSES)} - 'purpose'", parameter="purpose", value=purpose
-            )
-        if expires_after is not None and not EXPIRY_LOW <= expires_after <= EXPIRY_HIGH:
-            raise InvalidRequest(
-                f"expires_after.seconds must be in [{EXPIRY_LOW}, {EXPIRY_HIGH}], got {expires_after}.",
-                parameter="expires_after.seconds",
-            )
+        prepared = self.prepare(owner, upload, filename, purpose, expires_after)
+        self._store.write(prepared.insert)
+        return self.get(owner, prepared.id)
+
+    def prepare(
+        self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None = None
+    ) -> PreparedFile:
+        """Check an upload and keep its content; its row is still to be written, or `arrived` to be called."""
+        check_purpose(purpose, expires_after)
         if purpose == "fine-tune":
             check_json_lines(upload.lines(), upload.size)
-        return self._keep(owner, upload, filename, purpose, expires_after)
+        return self._prepare(owner, upload, filename, purpose, expires_after)
 
     def prepare_result(self, owner: str, filename: str, data: bytes) -> PreparedFile:
         """A file that a job leaves behind: its content is on the disk, its row comes with the job's last transaction."""
@@ -115,11 +115,6 @@ class Files:
             return self._prepare(owner, upload, filename, RESULTS, None)
         finally:
             upload.discard()
-
-    def _keep(self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None) -> FileRecord:
-        prepared = self._prepare(owner, upload, filename, purpose, expires_after)
-        self._store.write(prepared.insert)
-        return self.get(owner, prepared.id)
 
     def _prepare(self, owner: str, upload: Upload, filename: str, purpose: str, expires_after: int | None) -> PreparedFile:
         digest = upload.digest()
@@ -240,6 +235,19 @@ def page_of(
     order = "ASC" if ascending else "DESC"
     rows = store.read(f"SELECT * FROM {table} WHERE {where} ORDER BY number {order} LIMIT ?", [*values, limit + 1])
     return Page(rows[:limit], len(rows) > limit)
+
+
+def check_purpose(purpose: str, expires_after: int | None) -> None:
+    """Raise InvalidRequest for a purpose that is none, or a life that is too short or too long."""
+    if purpose not in PURPOSES:
+        raise InvalidRequest(
+            f"'{purpose[:100]}' is not one of {list(PURPOSES)} - 'purpose'", parameter="purpose", value=purpose
+        )
+    if expires_after is not None and not EXPIRY_LOW <= expires_after <= EXPIRY_HIGH:
+        raise InvalidRequest(
+            f"expires_after.seconds must be in [{EXPIRY_LOW}, {EXPIRY_HIGH}], got {expires_after}.",
+            parameter="expires_after.seconds",
+        )
 
 
 def check_json_lines(lines: Iterable[bytes], size: int) -> None:

@@ -18,7 +18,9 @@ from quire.service.blobs import Blobs
 from quire.service.files import Files
 from quire.service.job_request import JobRequest, resolved, training_config
 from quire.service.jobs import Job, Jobs
+from quire.service.permissions import Permissions
 from quire.service.store import Store
+from quire.service.uploads import Uploads
 
 if TYPE_CHECKING:
     from quire.service.trainer import Trainer
@@ -27,17 +29,22 @@ log = logger(__name__)
 
 
 class FineTuning:
-    """latency_budget: seconds that training may add to a step in which requests run."""
+    """latency_budget: seconds that training may add to a step in which requests run. most_bytes: of a file in parts."""
 
-    def __init__(self, folder: Path, *, latency_budget: float, most_training: int, most_unfinished: int) -> None:
+    def __init__(
+        self, folder: Path, *, latency_budget: float, most_training: int, most_unfinished: int, most_bytes: int
+    ) -> None:
         self.folder, self.latency_budget, self.most_training = folder, latency_budget, most_training
         self.uploads = 0
         self._lock = _own(folder)
         self._store = Store(folder)
         self.files = Files(self._store, Blobs(folder))
+        self.parts = Uploads(self._store, self.files, folder, most_bytes)
         self.jobs = Jobs(self._store, self.files, most_unfinished)
+        self.permissions = Permissions(self._store, self.jobs)
         self._names: tuple[str, ...] = ()
         self._most_rank = 0
+        self._engine: Any = None
         self._trainer: Trainer | None = None
 
     def attach(self, engine: Any, names: Sequence[str]) -> None:
@@ -47,7 +54,7 @@ class FineTuning:
         if engine.adapters is None:
             raise ConfigError("enable_fine_tuning needs enable_lora: what is trained could not be served.")
         self._most_rank = engine.config.max_lora_rank
-        self._names = tuple(names)
+        self._names, self._engine = tuple(names), engine
         self._trainer = Trainer(engine, self.jobs, self.files, self.folder, self.latency_budget, self.most_training)
         self._trainer.start()
         gaps, trainer = self._trainer.gaps, self._trainer
@@ -69,13 +76,17 @@ class FineTuning:
                 parameter="model",
                 code="model_not_available",
             )
-        config = training_config(request, resolved(request.hyperparameters, 1), 0).lora_config()
+        training = training_config(request, resolved(request.hyperparameters, 1), 0)
+        config = training.lora_config()
         rank = max((config.r, *config.rank_pattern.values()))
         if rank > self._most_rank:
             raise InvalidRequest(
                 f"lora.r must be at most {self._most_rank} on this server (--max-lora-rank), got {rank}.", parameter="lora.r"
             )
         assert self._trainer is not None
+        from quire.service.room import refuse_what_never_fits
+
+        refuse_what_never_fits(self._engine, training)
         return self.jobs.create(owner, request, base_part(self._names[0]), self._trainer.base_digest)
 
     @property

@@ -1,8 +1,9 @@
 """Serve first, train in the gaps: how much work may be done between two steps of the engine.
 
 While nothing runs, one piece after the other, looking for requests in between. While requests run, pieces are done only as far
-as they are expected to fit into a budget for each step. What a piece takes is known from the last ones: the bound is kept by
-not beginning what would break it. Knows no training and no engine; the clock is injected.
+as they are expected to fit into a budget for each step. What a piece takes is known from the last ones, and by how much such
+expectations were wrong lately is kept free: the bound is kept by not beginning what would break it. Knows no training and no
+engine; the clock is injected.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ TRIAL_SECONDS = 10.0
 step in ten seconds is beyond what a 99th percentile sees."""
 
 
+SURPRISE_SECONDS = 600.0
+"""A piece that took longer than expected says how far expectations are to be trusted, for so long."""
+MOST_MARGIN = 0.5
+"""Beyond that it was no noise but something rare, which no margin foresees."""
+
+
 class Gaps:
     """budget: seconds that may be added to a step in which requests run; 0: nothing is done then."""
 
@@ -29,6 +36,7 @@ class Gaps:
         """For others to read: the most that was added to a step, and what a piece was expected to take lately."""
         self._clock = clock
         self._taken: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._surprises: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self._last = clock()
 
     @property
@@ -37,6 +45,13 @@ class Gaps:
         while len(self._taken) > 1 and self._taken[0][0] < self._clock() - REMEMBERED_SECONDS:
             self._taken.popleft()
         return max((seconds for _, seconds in self._taken), default=self.budget)
+
+    @property
+    def margin(self) -> float:
+        """The share by which a piece may take longer than expected, learned from those that did."""
+        while self._surprises and self._surprises[0][0] < self._clock() - SURPRISE_SECONDS:
+            self._surprises.popleft()
+        return max((share for _, share in self._surprises), default=0.0)
 
     @property
     def starved(self) -> bool:
@@ -58,7 +73,8 @@ class Gaps:
         if self.starved and self.waited < TRIAL_SECONDS:
             return True
         began, first = self._clock(), True
-        while more and (first or self.expected <= left):
+        # The first piece needs no margin: a piece that just fits would else never be done beside requests.
+        while more and (first or self.expected * (1 + self.margin) <= left):
             more = self._do(piece)
             first = False
             self.pieces_between_steps += 1
@@ -67,10 +83,14 @@ class Gaps:
         return more
 
     def _do(self, piece: Callable[[], bool]) -> bool:
-        began = self._clock()
+        began, expected = self._clock(), self.expected
         more = piece()
         self._last = self._clock()
-        self._taken.append((self._last, self._last - began))
+        taken = self._last - began
+        # The first pieces are expected by nothing: that a longer kind comes after them is no noise.
+        if self.pieces >= REMEMBERED and expected < taken <= expected * (1 + MOST_MARGIN):
+            self._surprises.append((self._last, taken / expected - 1))
+        self._taken.append((self._last, taken))
         self.typical = self.expected
         self.pieces += 1
         return more

@@ -12,6 +12,7 @@ from typing import Any
 
 from quire.errors import AdapterError, ConfigError, InvalidRequest, did_you_mean
 from quire.lora.config import LoraConfig
+from quire.plan.training import PIECE_TOKENS
 from quire.train.config import TrainingConfig
 
 AUTO = "auto"
@@ -21,7 +22,7 @@ MAX_SEED = 2**31 - 1
 BASE_LEARNING_RATE = 2e-4
 """What a learning_rate_multiplier of 1 stands for, if `lora.learning_rate` does not say it."""
 FEW_ROWS = 10_000
-MICRO_BATCH_TOKENS = 512
+MICRO_BATCH_TOKENS = PIECE_TOKENS
 """Tokens that go through the model at once, unless `lora.micro_batch_tokens` says otherwise: fewer than `quire train` takes,
 because a piece of training is what a request may have to wait for."""
 

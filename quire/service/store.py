@@ -24,12 +24,11 @@ log = logger(__name__)
 Result = TypeVar("Result")
 Write = Callable[[sqlite3.Connection], Result]
 
-VERSION = 1
 BUSY_MS = 10_000
 CHECKPOINT_PAGES = 1000
 
 # number: order of arrival, which is the order of every list. owner: the API key that something belongs to.
-_TABLES = """
+_FIRST = """
 CREATE TABLE files (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, sha256 TEXT NOT NULL,
     bytes INTEGER NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
@@ -53,6 +52,26 @@ CREATE TABLE models (
     folder TEXT NOT NULL, step INTEGER, created_at INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0
 );
 """
+# part_ids: of a completed upload, in their order. file: what became of it.
+_SECOND = """
+CREATE TABLE uploads (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, bytes INTEGER NOT NULL,
+    filename TEXT NOT NULL, purpose TEXT NOT NULL, keep_seconds INTEGER, created_at INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL, status TEXT NOT NULL, part_ids TEXT, file TEXT
+);
+CREATE TABLE upload_parts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, upload TEXT NOT NULL REFERENCES uploads(id),
+    bytes INTEGER NOT NULL, created_at INTEGER NOT NULL
+);
+CREATE INDEX parts_of_upload ON upload_parts(upload, number);
+CREATE TABLE permissions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, model TEXT NOT NULL,
+    project TEXT NOT NULL, created_at INTEGER NOT NULL, UNIQUE (model, project)
+);
+"""
+# What each layout adds to the one before; a folder of an older Quire gets what it lacks.
+_LAYOUTS = (_FIRST, _SECOND)
+VERSION = len(_LAYOUTS)
 
 
 class Store:
@@ -135,20 +154,20 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """WAL, and the tables if the file is new."""
+    """WAL, and the tables that the file does not have yet."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
         raise ConfigError(f"data_dir was written by a newer Quire (layout {version}, this one knows {VERSION}).")
-    if version == 0:
+    if version < VERSION:
         connection.execute("BEGIN IMMEDIATE")
-        for statement in _TABLES.split(";"):
+        for statement in ";".join(_LAYOUTS[version:]).split(";"):
             if statement.strip():
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version={VERSION}")
         connection.execute("COMMIT")
-        log.info("new store in %s", path.parent)
+        log.info("%s store in %s", "new" if version == 0 else "newer layout of the", path.parent)
 
 
 def now() -> int:

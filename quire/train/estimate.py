@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING
 
 from quire.errors import DoesNotFit
 from quire.plan.memory import ITEM_BYTES, RUNTIME_BYTES, size_text
+from quire.plan.training import BYTES_PER_PARAMETER, LEAST_KEPT, activation_bytes, head_bytes
 from quire.train.config import TrainingConfig
 from quire.train.data import Dataset
-from quire.train.loss import MOST_LOGITS, MOST_ROWS
-from quire.train.memory import SHARE, activation_bytes
+from quire.train.memory import SHARE
 from quire.train.schedule import Order
 
 if TYPE_CHECKING:
     from quire.models.decoder import CausalLM
 
-# Value, gradient and two moments in float32 for every trainable number.
-BYTES_PER_PARAMETER = 16
 # The part of the machine's matrix rate that whole training steps reach.
 EFFICIENCY = 0.45
 # A rule of thumb: an adapter holds about two bits in a parameter, and a token teaches about one.
@@ -79,13 +77,12 @@ def estimate(
     shape, item = model.config, ITEM_BYTES[dtype]
     micro = max(training.longest if config.method != "dpo" else 2 * training.longest, min(config.micro_batch_tokens, tokens))
     each = activation_bytes(shape, item, config.r) * micro
-    wanted = {"on": 2, "off": shape.num_layers}.get(config.gradient_checkpointing)
+    wanted = {"on": LEAST_KEPT, "off": shape.num_layers}.get(config.gradient_checkpointing)
     if wanted is None:
-        wanted = max(2, min(shape.num_layers, int(SHARE * (memory_free - weight_bytes)) // each))
+        wanted = max(LEAST_KEPT, min(shape.num_layers, int(SHARE * (memory_free - weight_bytes)) // each))
     inputs = shape.num_layers * micro * shape.hidden_size * item
-    head = min(MOST_LOGITS, MOST_ROWS * shape.vocab_size) * 4 * 4
-    peak = weight_bytes + RUNTIME_BYTES + trainable * BYTES_PER_PARAMETER + wanted * each + inputs + head
-    least = peak - max(0, wanted - 2) * each
+    peak = weight_bytes + RUNTIME_BYTES + trainable * BYTES_PER_PARAMETER + wanted * each + inputs + head_bytes(shape)
+    least = peak - max(0, wanted - LEAST_KEPT) * each
     if least > memory_free:
         raise DoesNotFit(
             f"training needs about {size_text(least)}, and {size_text(memory_free)} are free. Ways out: --micro-batch-tokens "

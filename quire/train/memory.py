@@ -1,7 +1,6 @@
 """How much memory a step keeps, and which layers compute their activations twice so that it finds room.
 
-The formulas count the tensors that the backward passes of a layer read; they are upper bounds where native kernels keep
-less. Knows shapes and the machine's free memory, no tensor. Letters: T tokens, E width, I MLP width.
+The formulas are the plan's (quire/plan/training.py). Knows shapes and the machine's free memory, no tensor.
 """
 
 from __future__ import annotations
@@ -10,23 +9,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from quire.plan.hardware import probe
+from quire.plan.training import activation_bytes
 
 if TYPE_CHECKING:
-    from quire.models.config import ModelConfig
     from quire.models.decoder import CausalLM
 
 # Of what is free, the share that kept activations may take; the rest is for one layer's work and for others.
 SHARE = 0.4
-ITEMS = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def activation_bytes(config: ModelConfig, item: int, rank: int) -> int:
-    """What one layer keeps of one token: residual and norms, q, k, v, attention, gate, up and their product, and A's
-    products in float32."""
-    width, inner = config.hidden_size, config.intermediate_size * max(1, config.num_experts_per_token)
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    stored = 4 * width + 2 * heads + config.num_heads * config.head_dim + 4 * inner
-    return stored * item + 7 * rank * 4
 
 
 def recomputed_layers(model: CausalLM, runs: Iterable[Any], tokens: int) -> int:

@@ -79,6 +79,7 @@ ALSO = {
             "max_loras",
             "max_lora_rank",
             "max_cpu_loras",
+            "training_jobs",
             "lora_dtype",
             "lora_modules",
             "lora_dir",

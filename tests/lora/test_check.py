@@ -24,12 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # Of the cases, those that vLLM takes (its own parser was run on such files), and what it says of the others.
 VLLM = {
     "bias-lora": "bias is 'lora_only'",
-    "bias-all": "bias is 'all'",
+    **{f"bias-all{base}": "bias is 'all'" for base in ("", "-gpt2", "-opt", "-opt-350m", "-saved")},
     "bias-gpt2": "bias is 'lora_only'",
     "lora-bias": "lora_bias",
     **{name: "DoRA" for name in ("dora", "dora-biases", "dora-gpt2", "dora-embedding")},
     **{name: "modules_to_save" for name in ("saved-head", "saved-both", "saved-linear", "saved-gpt2", "saved-container")},
     **{name: "modules_to_save" for name in ("saved-tied", "saved-tied-head", "saved-tied-both")},
+    **{f"saved-norms{base}": "modules_to_save" for base in ("", "-layers", "-gpt2", "-opt", "-gemma3", "-mixtral")},
+    "saved-layer-gpt2": "modules_to_save",
     "everything": "bias is 'all'",
     **{name: "trainable_tokens_delta" for name in ("tokens", "tokens-tied", "tokens-tied-both", "tokens-head")},
 }

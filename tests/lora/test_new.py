@@ -19,7 +19,7 @@ from quire.lora.adapter import read_adapter, write_adapter
 from quire.lora.config import LoraConfig, parse_lora_config
 from quire.lora.new import new_adapter
 from quire.models.config import read_model_config
-from tests.lora.cases import BY_NAME, CASES, Case, loaded_by_peft, our_logits, their_logits
+from tests.lora.cases import CASES, Case, loaded_by_peft, our_logits, their_logits
 from tests.lora.conftest import Base
 from tests.parity.families import BY_NAME as FAMILIES
 from tests.parity.families import reference_model
@@ -136,8 +136,12 @@ def test_what_cannot_start_is_refused(options: dict[str, Any], field: str | None
     assert raised.value.parameter == field
 
 
-def test_bias_all_on_a_model_whose_norms_have_biases(base_of: Callable[[str], Base]) -> None:
+def test_bias_all_takes_the_biases_of_norms_and_linears(base_of: Callable[[str], Base]) -> None:
     _, model = base_of("gpt2")
-    with pytest.raises(AdapterError, match=r"ln_1, a LayerNorm.*lora_only"):
-        new_adapter(model, LoraConfig(target_modules=("c_attn",), bias="all"), 0)
-    assert BY_NAME["bias-gpt2"].options["bias"] == "lora_only"
+    adapter = new_adapter(model, LoraConfig(target_modules=("c_attn",), bias="all"), 0)
+    biased = {name for name, module in model.named_modules() if getattr(module, "bias", None) is not None}
+    assert {name for name, part in adapter.parts.items() if part.bias is not None} == biased
+    assert {"transformer.ln_f", "transformer.h.0.ln_1", "transformer.h.0.mlp.c_fc"} <= biased
+    whole = new_adapter(model, LoraConfig(target_modules=("c_attn",), modules_to_save=("ln_f",)), 0).parts["transformer.ln_f"]
+    assert torch.equal(whole.weight.detach(), model.transformer.ln_f.weight)
+    assert torch.equal(whole.bias.detach(), model.transformer.ln_f.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from openai import OpenAI
 from safetensors.torch import load_file
 
+from quire.plan.hardware import Hardware
 from tests.server.running import RunningServer, wait_for
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -258,6 +260,18 @@ def test_what_cannot_be_asked(client: OpenAI, more: dict[str, Any], parameter: s
     fault = caught.value
     assert (fault.param, fault.code, fault.type) == (parameter, code, "invalid_request_error")
     assert len(list(client.fine_tuning.jobs.list())) == before
+
+
+def test_what_never_fits_is_refused_with_the_numbers(
+    training: RunningServer, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = training.application.engine.plan.serving_bytes
+    monkeypatch.setattr("quire.service.room.probe", lambda: Hardware(1, serving + 1000, 0))
+    with pytest.raises(openai.BadRequestError) as caught:
+        start(client, lora={"modules_to_save": ["lm_head"]})
+    assert (caught.value.param, caught.value.code) == ("lora.r", "out_of_memory")
+    message = caught.value.body["message"]  # type: ignore[index]
+    assert re.search(r"needs at least [\d.]+ MiB: [\d.]+ \w+ for [\d,]+ trainable numbers.* has 1000 B", message), message
 
 
 def test_bad_files_are_failed_jobs_with_every_bad_line(client: OpenAI) -> None:

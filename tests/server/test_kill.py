@@ -117,6 +117,29 @@ def upload_until_dead(client: OpenAI, acknowledged: dict[str, str]) -> None:
         acknowledged[made.id] = hashlib.sha256(data).hexdigest()
 
 
+def test_parts_that_were_acknowledged_survive(begin: Callable[[], Server], tmp_path: Path) -> None:
+    data = rows(3000)
+    pieces = [data[start : start + 20_000] for start in range(0, len(data), 20_000)]
+    server = begin()
+    asked: Any = {"bytes": len(data), "filename": "rows.jsonl", "purpose": "fine-tune", "mime_type": "application/jsonl"}
+    made = server.client.uploads.create(**asked)
+    parts = [server.client.uploads.parts.create(made.id, data=piece).id for piece in pieces[:4]]
+    server.kill()
+    (tmp_path / "data" / "uploads" / "blobs" / "part_without_a_row").write_bytes(b"half done")
+
+    server = begin()
+    assert {path.name for path in (tmp_path / "data" / "uploads" / "blobs").iterdir()} == set(parts)
+    parts += [server.client.uploads.parts.create(made.id, data=piece).id for piece in pieces[4:]]
+    done = server.client.uploads.complete(made.id, part_ids=parts)
+    server.kill()
+
+    server = begin()
+    assert server.client.files.content(done.file.id).read() == data
+    assert not list((tmp_path / "data" / "uploads" / "blobs").iterdir())
+    assert server.client.uploads.complete(made.id, part_ids=parts).file.id == done.file.id
+    assert server.terminate() == 0
+
+
 def test_killed_in_the_middle_of_everything(begin: Callable[[], Server], tmp_path: Path) -> None:
     data = tmp_path / "data"
     acknowledged: dict[str, str] = {}

@@ -203,6 +203,16 @@ SHARED = {
     "qwen3_moe": {"target_modules": ("q_proj",), "lora": {"target_parameters": ["gate_up_proj", "down_proj"]}},
     "qwen2": {"target_modules": ("q_proj", "embed_tokens"), "lora": {"ensure_weight_tying": True}},
 }
+NORMS = {
+    "gpt2": {"target_modules": ("c_attn",), "bias": "all"},
+    "opt-350m": {"target_modules": ("q_proj",), "bias": "all", "modules_to_save": ("layer_norm",)},
+    "gemma2": {"target_modules": ("q_proj",), "modules_to_save": ("norm", "layernorm")},
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_learn_layer_by_layer_as_in_the_whole_graph(dense_pair_of, name: str) -> None:  # noqa: F811
+    check_layer_by_layer(dense_pair_of(name)[1], NORMS[name])
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -236,6 +246,7 @@ EXTRAS = {
     "embedding and head": {"target_modules": ("q_proj", "embed_tokens", "lm_head")},
     "head alone": {"target_modules": ("lm_head",)},
     "saved head": {"target_modules": ("v_proj",), "modules_to_save": ("lm_head",)},
+    "saved norms": {"target_modules": ("v_proj",), "modules_to_save": ("norm", "input_layernorm")},
     "lora_bias": {"lora": {"lora_bias": True}},
     "tokens": {"target_modules": ("o_proj",), "lora": {"trainable_token_indices": [3, 7]}},
     "top layer": {"lora": {"layers_to_transform": [2]}},

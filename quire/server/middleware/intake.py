@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import ClientGone, HttpError
 from quire.server.options import ServerOptions, is_local
+from quire.service.uploads import PART_BYTES
 
 if TYPE_CHECKING:
     from quire.service.application import Application
@@ -27,6 +28,8 @@ sends would reset the connection and the client would never see the answer."""
 DISCARD_SECONDS = 5.0
 UPLOADS = ("/v1/files",)
 """Paths that take a form with a file, under a limit of their own."""
+PARTS = ("/v1/uploads/", "/parts")
+"""How paths begin and end that take a form with a part of a file."""
 ADAPTERS = "/v1/adapters/"
 """Below it, adapters are put as forms."""
 UPLOAD_SECONDS = 3600.0
@@ -49,10 +52,12 @@ class Intake:
         path = scope["path"].removeprefix(self._options.root_path.rstrip("/"))
         headers = dict(scope["headers"])
         adapter = scope["method"] == "PUT" and path.startswith(ADAPTERS)
-        upload = path in UPLOADS or adapter
+        part = path.startswith(PARTS[0]) and path.endswith(PARTS[1])
+        upload = path in UPLOADS or part or adapter
         most, seconds = self._options.max_body_bytes, self._options.body_timeout
         if upload:
-            largest = self._options.max_adapter_bytes if adapter else self._options.max_upload_bytes
+            whole = self._options.max_adapter_bytes if adapter else self._options.max_upload_bytes
+            largest = PART_BYTES if part else whole
             most, seconds = largest + FORM_BYTES, UPLOAD_SECONDS
         body = _TimedBody(receive, self._options, most, seconds)
         await body.check_length(headers)

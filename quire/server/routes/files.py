@@ -14,6 +14,7 @@ from quire.server.errors import HttpError
 from quire.server.multipart import MAX_FIELD, parts
 from quire.server.routes.generate import options_of
 from quire.server.routes.openai import OpenAIRoute, after_of, fine_tuning_of, limit_of, listed, owner_of
+from quire.server.schema.uploads import shown_file
 from quire.service.blobs import Upload
 from quire.service.files import FileRecord, Files, storage_error
 
@@ -34,7 +35,7 @@ async def create(request: Request) -> dict[str, Any]:
     upload = house.files.begin()
     try:
         fields, filename = await _receive(request, upload)
-        return shown(await asyncio.to_thread(_keep, house.files, owner_of(request), upload, fields, filename))
+        return shown_file(await asyncio.to_thread(_keep, house.files, owner_of(request), upload, fields, filename))
     except OSError as error:
         raise storage_error(error) from None
     finally:
@@ -106,13 +107,13 @@ async def files(request: Request) -> dict[str, Any]:
         order=order,
         purpose=request.query_params.get("purpose"),
     )
-    return listed(page, shown)
+    return listed(page, shown_file)
 
 
 @router.get("/v1/files/{id}")
 async def retrieve(request: Request, id: str) -> dict[str, Any]:
     """One file's facts."""
-    return shown(await asyncio.to_thread(fine_tuning_of(request).files.get, owner_of(request), id))
+    return shown_file(await asyncio.to_thread(fine_tuning_of(request).files.get, owner_of(request), id))
 
 
 @router.get("/v1/files/{id}/content")
@@ -134,18 +135,3 @@ async def delete(request: Request, id: str) -> dict[str, Any]:
     """Delete a file."""
     await asyncio.to_thread(fine_tuning_of(request).files.delete, owner_of(request), id)
     return {"id": id, "object": "file", "deleted": True}
-
-
-def shown(record: FileRecord) -> dict[str, Any]:
-    """A file as clients read it."""
-    return {
-        "id": record.id,
-        "object": "file",
-        "bytes": record.bytes,
-        "created_at": record.created_at,
-        "expires_at": record.expires_at,
-        "filename": record.filename,
-        "purpose": record.purpose,
-        "status": record.status,
-        "status_details": record.status_details,
-    }

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Request
 from quire.errors import InvalidRequest
 from quire.server.body import described, json_body
 from quire.server.routes.openai import OpenAIRoute, after_of, fine_tuning_of, limit_of, listed, owner_of
-from quire.server.schema.fine_tuning import JobBody, shown_checkpoint, shown_event, shown_job
+from quire.server.schema.fine_tuning import JobBody, PermissionBody, shown_checkpoint, shown_event, shown_job, shown_permission
+from quire.service.files import Page
 from quire.service.jobs import Job
 
 router = APIRouter(route_class=OpenAIRoute)
@@ -83,6 +84,44 @@ async def events(request: Request, id: str) -> dict[str, Any]:
 async def checkpoints(request: Request, id: str) -> dict[str, Any]:
     """Models that a job made on its way, newest first."""
     return await _rows_of(request, id, fine_tuning_of(request).jobs.checkpoints, 10, shown_checkpoint)
+
+
+PERMISSIONS = "/v1/fine_tuning/checkpoints/{model}/permissions"
+
+
+@router.post(PERMISSIONS, openapi_extra=described(PermissionBody))
+async def permit(
+    request: Request, model: str, body: Annotated[PermissionBody, Depends(json_body(PermissionBody))]
+) -> dict[str, Any]:
+    """Record permissions of projects for a checkpoint."""
+    given = owner_of(request), model, body.project_ids
+    rows = await asyncio.to_thread(fine_tuning_of(request).permissions.create, *given)
+    return listed(Page(rows, False), shown_permission)
+
+
+@router.get(PERMISSIONS)
+async def permissions(request: Request, model: str) -> dict[str, Any]:
+    """What was recorded for a checkpoint, newest first."""
+    order = request.query_params.get("order", "descending")
+    if order not in ("ascending", "descending"):
+        raise InvalidRequest(f"order must be ascending or descending, got {order[:40]!r}.", parameter="order")
+    page = await asyncio.to_thread(
+        fine_tuning_of(request).permissions.page,
+        owner_of(request),
+        model,
+        after=after_of(request),
+        limit=limit_of(request, 10, MOST_LIMIT),
+        ascending=order == "ascending",
+        project=request.query_params.get("project_id"),
+    )
+    return listed(page, shown_permission)
+
+
+@router.delete(PERMISSIONS + "/{id}")
+async def withdraw(request: Request, model: str, id: str) -> dict[str, Any]:
+    """Forget a permission."""
+    await asyncio.to_thread(fine_tuning_of(request).permissions.delete, owner_of(request), model, id)
+    return {"id": id, "object": "checkpoint.permission", "deleted": True}
 
 
 async def _on_job(request: Request, id: str, action: Callable[[str, str], Job]) -> Job:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/fine_tuning/jobs, and jobs, events and checkpoints as clients read them.
+"""The body of POST /v1/fine_tuning/jobs, and jobs, events, checkpoints and permissions as clients read them.
 
 Every field that OpenAI's specification requires is present in what is written, null where there is nothing to say.
 """
@@ -33,6 +33,14 @@ class JobBody(RequestBody):
     def to_request(self) -> JobRequest:
         """The request in the application's words."""
         return job_request({name: getattr(self, name) for name in type(self).model_fields})
+
+
+class PermissionBody(RequestBody):
+    """Permissions to record."""
+
+    project_ids: list[str]
+
+    refused: ClassVar[dict[str, str]] = {}
 
 
 def shown_job(job: Job) -> dict[str, Any]:
@@ -89,4 +97,14 @@ def shown_checkpoint(row: sqlite3.Row) -> dict[str, Any]:
         "fine_tuning_job_id": row["job"],
         "metrics": {"step": row["step"], **json.loads(row["metrics"])},
         "step_number": row["step"],
+    }
+
+
+def shown_permission(row: sqlite3.Row) -> dict[str, Any]:
+    """A permission."""
+    return {
+        "id": row["id"],
+        "object": "checkpoint.permission",
+        "created_at": row["created_at"],
+        "project_id": row["project"],
     }
