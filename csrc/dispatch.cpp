@@ -23,7 +23,8 @@ struct Isas {
     add(#isa, [](quire::Kernels &k) {                                       \
         isa::add_linear(k), isa::add_rows(k), isa::add_attention(k);        \
         isa::add_lora(k), isa::add_transposed(k), isa::add_gradients(k);    \
-        isa::add_attention_backward(k);                                     \
+        isa::add_attention_backward(k), isa::add_loss(k);                   \
+        isa::add_sampling(k);                                               \
     })
 
 #if defined(__x86_64__)
@@ -232,5 +233,23 @@ int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, co
 
 int quire_attend_backward(const quire_attention *call, const quire_heads *dy, void *dq, void *dk, void *dv) {
     return kernels().attend_backward(call, dy, dq, dk, dv);
+}
+
+int quire_peaks(int type, int64_t rows, int64_t size, const void *x, int64_t stride, float *peaks, int64_t *ids) {
+    return kernels().peaks(type, rows, size, x, stride, peaks, ids);
+}
+
+int quire_masses(int type, int64_t rows, int64_t size, const void *x, int64_t stride, float *peaks, int64_t *masses) {
+    return kernels().masses(type, rows, size, x, stride, peaks, masses);
+}
+
+int quire_cross_entropy(int type, int64_t rows, int64_t size, const void *x, int64_t stride, const int64_t *targets,
+                        float *peaks, int64_t *masses, void *slope, int64_t slope_stride) {
+    return kernels().cross_entropy(type, rows, size, x, stride, targets, peaks, masses, slope, slope_stride);
+}
+
+int quire_draw(int64_t rows, int64_t size, const float *logits, int64_t stride, const double *temperatures,
+               const double *min_ps, const int64_t *top_ks, const double *top_ps, const double *uniforms, int64_t *tokens) {
+    return kernels().draw(rows, size, logits, stride, temperatures, min_ps, top_ks, top_ps, uniforms, tokens);
 }
 }

@@ -26,6 +26,10 @@ struct Kernels {
     decltype(&quire_layer_norm_backward) layer_norm_backward;
     decltype(&quire_activation_backward) activation_backward;
     decltype(&quire_attend_backward) attend_backward;
+    decltype(&quire_peaks) peaks;
+    decltype(&quire_masses) masses;
+    decltype(&quire_cross_entropy) cross_entropy;
+    decltype(&quire_draw) draw;
 };
 
 }  // namespace quire
@@ -39,6 +43,8 @@ struct Kernels {
     void add_transposed(quire::Kernels &kernels);         \
     void add_gradients(quire::Kernels &kernels);          \
     void add_attention_backward(quire::Kernels &kernels); \
+    void add_loss(quire::Kernels &kernels);               \
+    void add_sampling(quire::Kernels &kernels);           \
     }
 QUIRE_DECLARE(avx512)
 QUIRE_DECLARE(avx2)

@@ -17,7 +17,7 @@ template <class Body> void over_rows(int64_t rows, int64_t work, const Body &bod
 }
 
 const uint8_t *bytes(const void *p) { return static_cast<const uint8_t *>(p); }
-uint8_t *bytes(void *p) { return static_cast<uint8_t *>(p); }
+[[maybe_unused]] uint8_t *bytes(void *p) { return static_cast<uint8_t *>(p); }
 
 // Sum over a line filled up to a multiple of 64 with what adds nothing, in 64 chains by the place modulo 64: chain(sums, i)
 // adds what the places from i on have.

@@ -196,6 +196,25 @@ int quire_activation_backward(int type, int kind, int64_t rows, int64_t size, co
  * dk and dv [T, kv_heads, size] end to end. */
 int quire_attend_backward(const quire_attention *call, const quire_heads *dy, void *dq, void *dk, void *dv);
 
+/* ---- loss.cpp: sums over a vocabulary of up to 2^22 tokens ---------------------------------------------------------- */
+
+/* x [rows, size] of F32, BF16 or F16, strides in elements. peaks: each row's largest, NaN where there is a NaN; ids: the first
+ * place that has it (0 with NaN). */
+int quire_peaks(int type, int64_t rows, int64_t size, const void *x, int64_t stride, float *peaks, int64_t *ids);
+/* masses: the sum of 2^40 * exp(x - peak), each term rounded to an integer; 0 where the peak is not finite. */
+int quire_masses(int type, int64_t rows, int64_t size, const void *x, int64_t stride, float *peaks, int64_t *masses);
+/* The same, and slope = softmax(x), less 1 at the row's target: the gradient of minus its log-probability. Of type; may lie
+ * where x does. NaN where the peak is not finite. */
+int quire_cross_entropy(int type, int64_t rows, int64_t size, const void *x, int64_t stride, const int64_t *targets,
+                        float *peaks, int64_t *masses, void *slope, int64_t slope_stride);
+
+/* ---- sampling.cpp ------------------------------------------------------------------------------------------------------ */
+
+/* One token for each row, by that row's numbers: temperature 0 the largest, else a draw by uniform in [0, 1) after min_p
+ * (0: off), top_k (0: off) and top_p (1: off). -1 where the largest is not finite. */
+int quire_draw(int64_t rows, int64_t size, const float *logits, int64_t stride, const double *temperatures,
+               const double *min_ps, const int64_t *top_ks, const double *top_ps, const double *uniforms, int64_t *tokens);
+
 /* ---- replay.cpp: calls that were written down -------------------------------------------------------------------- */
 
 #define QUIRE_MOST_ARGUMENTS 12

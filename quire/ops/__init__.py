@@ -41,6 +41,10 @@ OPERATIONS = (
     "rope_and_write",
     "paged_attention",
     "packed_attention",
+    "peaks",
+    "masses",
+    "cross_entropy",
+    "draw",
 )
 
 
@@ -121,21 +125,41 @@ def loras(x: Tensor, ys: Sequence[Tensor], slots: Tensor, tables: Sequence[LoraT
     return autograd.loras(kernels.loras, kernels.lora, kernels.lora_backward, x, ys, slots, tables)
 
 
-def head_loss(
-    hidden: Tensor,
-    head: Any,
-    targets: Tensor,
-    weights: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(-sum of weights * log-probabilities, log-probabilities [R]) of targets [R] under hidden [R, E] times a dense or packed
-    head [V, E]; softcap: logits become softcap * tanh(logits / softcap).
+def peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit [R], float32, and its lowest token id [R] of each row [R, V]. NaN counts as largest (with any id)."""
+    return selected().peaks(logits)
 
-    In chunks of rows: the logits of all are never in memory. The loss is differentiable in hidden and in a dense head, whose
-    gradients are made on the way forward; the log-probabilities and the bias are constants.
+
+def draw(logits: Tensor, temperatures: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """One token [R] for each row of float32 logits [R, V]; -1 where the largest logit is NaN or infinite.
+
+    temperatures, min_p, top_p, uniforms [R] float64, top_k [R] int64. Temperature 0: the largest logit, lowest id among equals.
+    Else a token weighs exp((logit - largest logit) / temperature), and these follow each other:
+    min_p: a token stays if its weight is at least min_p, that is its probability min_p times that of the most likely token.
+    top_k (0 is off): exactly k tokens stay; of equal logits the lowest token ids (vLLM keeps all that tie with the k-th).
+    top_p (1 is off): the smallest set of most likely tokens whose mass reaches top_p of what min_p and top_k have left, at
+    least one token.
+    Of what is left, uniform in [0, 1) takes the token at that share of the mass: in order of likelihood under top_k or top_p,
+    else in order of token ids.
+
+    Masses are integers in units of 2^-40 (csrc/masses.h), so no bit depends on an order of summation, and every
+    implementation draws the same token.
     """
-    return loss.head_loss(selected(), hidden, head, targets, weights, bias, softcap)
+    return selected().draw(logits, temperatures, min_p, top_k, top_p, uniforms)
+
+
+def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:
+    """float32 log-probabilities [R, K] of tokens ids [R, K] under logits [R, V]; NaN where a row's largest is not finite."""
+    return loss.log_softmax_at(selected(), logits, ids)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(log-probabilities [R] of targets [R], bit for bit those of `log_softmax_at`; whether each was the likeliest [R]).
+
+    slope [R, V], of the logits' type, receives the gradient of minus the log-probabilities with respect to the logits:
+    softmax, less one at the target. It may be the logits' own memory.
+    """
+    return loss.cross_entropy(selected(), logits, targets, slope)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

@@ -5,8 +5,7 @@
     bad words, min_tokens, logit_bias                   processors.py
     repetition, then frequency and presence penalties   penalties.py
     (temperature 0: the largest logit, lowest id among equals, and done)
-    temperature, min_p, top_k, top_p                    filters.py
-    draw                                                draw.py
+    temperature, min_p, top_k, top_p, draw              quire/ops (`draw`), by the numbers of draw.py
 
 A row's token and log-probability depend on that row's logits and on its `SamplingRow`, bit for bit: not on the other
 rows, the row's place, their number, or the number of threads. A row that holds NaN or infinity, or whose every token
@@ -17,21 +16,22 @@ This file knows no engine: who draws seeds, who ends requests and what a token m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quire.sampling import filters, penalties, processors
-from quire.sampling.blocks import best, block_masses, pad_to_blocks
-from quire.sampling.draw import draw_in_token_order, uniform
+from quire import ops
+from quire.sampling import penalties, processors
+from quire.sampling.draw import uniform
 from quire.sampling.logprobs import best_tokens, token_logprobs
 from quire.sampling.rows import SampledRow, SamplingRow
 
 # Rows are worked off in pieces of about this many logits: a piece's buffers then stay within what malloc keeps (32 MiB)
 # instead of being mapped anew for each operation, which on CPU costs more than the arithmetic.
 PIECE = 2**22
+LEAST_TEMPERATURE = 0.01  # vLLM raises 0 < temperature < 0.01 to this, where exp would leave nothing but zeros and ones
 
 
 @torch.inference_mode()
@@ -67,24 +67,19 @@ def top_candidates(logits: Tensor, count: int, temperature: float = 0.0) -> list
     found: list[tuple[tuple[int, float], ...]] = []
     for piece in _pieces(logits):
         raw = logits[piece].float()
-        tempered = raw / max(temperature, filters.LEAST_TEMPERATURE) if temperature else raw
-        tops = best_tokens(tempered, torch.log_softmax(tempered, dim=-1), count)
+        tempered = raw / max(temperature, LEAST_TEMPERATURE) if temperature else raw
+        tops = best_tokens(tempered, count)
         found += [top if sound else () for top, sound in zip(tops, _sound(tempered), strict=True)]
     return found
 
 
 def _sample_piece(raw: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow]:
     shaped = _shape(raw, rows)
-    padded = pad_to_blocks(shaped)
-    peak, choice = best(padded)
-    sound = peak.isfinite() if shaped is raw else peak.isfinite() & raw.amax(-1).isfinite()
-    is_sound = sound.tolist()
-    random = [index for index, row in enumerate(rows) if is_sound[index] and row.params.temperature != 0.0]
-    if random:
-        part = torch.tensor(random, device=raw.device)
-        whole = len(random) == len(rows)  # then indexing would only copy
-        choice[part] = _draw(padded if whole else padded[part], peak[part], [rows[index] for index in random])
-    taken = zip(choice.tolist(), is_sound, strict=True)
+    tokens = _draw(shaped, rows).tolist()
+    sound = [token >= 0 for token in tokens]
+    if shaped is not raw:  # what was masked may have held NaN or infinity
+        sound = [both and own for both, own in zip(sound, _sound(raw), strict=True)]
+    taken = zip(tokens, sound, strict=True)
     chosen = [SampledRow(token) if intact else SampledRow(0, corrupted=True) for token, intact in taken]
     return _with_logprobs(raw, chosen, [row.params.logprobs for row in rows])
 
@@ -103,32 +98,21 @@ def _shape(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Token ids [R] for rows of temperature above 0: padded logits [R, N] and their largest [R]."""
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Token ids [R]; -1 where there is nothing to draw from."""
 
-    def numbers(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
+    def numbers(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)
 
-    weights = filters.temper(logits, peak, numbers([row.params.temperature for row in rows], torch.float32))
-    if any(row.params.min_p > 0.0 for row in rows):
-        filters.drop_below_min_p(weights, numbers([row.params.min_p for row in rows], torch.float32))
-    masses = block_masses(weights)
-    uniforms = numbers([uniform(row.seed, row.position) for row in rows], torch.float64)
-    top_k = numbers([row.params.top_k for row in rows], torch.int64)
-    top_p = numbers([row.params.top_p for row in rows], torch.float64)
-    tokens = torch.empty_like(top_k)
-    filtered = (top_k > 0) | (top_p < 1.0)
-    for part, is_filtered in ((filtered.nonzero().squeeze(1), True), ((~filtered).nonzero().squeeze(1), False)):
-        if not len(part):
-            continue
-        whole = len(part) == len(rows)
-        w = weights if whole else weights[part]
-        if is_filtered:
-            x = logits if whole else logits[part]
-            tokens[part] = filters.draw_filtered(x, w, masses[part, -1], top_k[part], top_p[part], uniforms[part])
-        else:
-            tokens[part] = draw_in_token_order(w, masses[part], uniforms[part])
-    return tokens
+    params = [row.params for row in rows]
+    return ops.draw(
+        logits,
+        numbers(max(p.temperature, LEAST_TEMPERATURE) if p.temperature else 0.0 for p in params),
+        numbers(p.min_p for p in params),
+        numbers((max(p.top_k, 0) for p in params), torch.int64),
+        numbers(p.top_p for p in params),
+        numbers(uniform(row.seed, row.position) if row.params.temperature else 0.0 for row in rows),
+    )
 
 
 def _with_logprobs(raw: Tensor, chosen: list[SampledRow], counts: Sequence[int | None]) -> list[SampledRow]:
@@ -146,7 +130,7 @@ def _with_logprobs(raw: Tensor, chosen: list[SampledRow], counts: Sequence[int |
 
 
 def _sound(raw: Tensor) -> list[bool]:
-    return raw.amax(-1).isfinite().tolist()
+    return ops.peaks(raw)[0].isfinite().tolist()
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:

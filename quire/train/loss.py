@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire import ops
 from quire.models.decoder import CausalLM
 
 # Logits that exist at once: at 152,000 tokens 220 rows, so that reading the head's weight is little beside multiplying by it.
 MOST_LOGITS = 1 << 25
 MOST_ROWS = 1024
 LEAST_ROWS = 16
-# Of them, those that are looked at together.
-IN_CACHE = 1 << 19
 
 
 @dataclass
@@ -39,36 +38,26 @@ def chunks(model: CausalLM, rows: int) -> list[slice]:
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def scored(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None, *, gradient: bool) -> Scored:
-    """One chunk. hidden [R, E] as `finish` gave it, targets [R].
-
-    Not `ops.head_loss`, which knows the weights of rows beforehand: DPO's follow from the losses of whole sequences, and
-    the accuracy wants the logits too.
-    """
-    # Where logits are the head's product and no more, they are widened row by row, while they are in the cache.
+def logits_of(model: CausalLM, rows: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
+    """The logits of rows [R, E], and whether nothing but the head's product made them: then nobody asks for them again, and
+    they stay in its type."""
     plain = type(model).logits is CausalLM.logits
+    return (model.lm_head(rows, adapters) if plain else model.logits(rows, adapters)), plain
+
+
+def scored(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None, *, gradient: bool) -> Scored:
+    """One chunk. hidden [R, E] as `finish` gave it, targets [R]."""
     with torch.set_grad_enabled(gradient):
         rows = hidden.detach().requires_grad_(gradient)
-        logits = model.lm_head(rows, adapters) if plain else model.logits(rows, adapters)
-    losses, right = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
-    slope = torch.empty_like(logits, requires_grad=False) if gradient else None
-    size = max(1, IN_CACHE // logits.shape[1])
-    for start in range(0, len(rows), size):
-        piece = slice(start, start + size)
-        found, wanted = logits.detach()[piece].float(), targets[piece, None]
-        right[piece] = found.gather(1, wanted)[:, 0] >= found.amax(-1)
-        table = torch.log_softmax(found, dim=-1)
-        losses[piece] = -table.gather(1, wanted)[:, 0]
-        if slope is not None:  # softmax less one at the target
-            slope[piece] = table.exp_().scatter_add_(1, wanted, table.new_full(wanted.shape, -1.0))
+        logits, plain = logits_of(model, rows, adapters)
+    found = logits.detach()
+    slope = None
+    if gradient:
+        slope = found if plain else torch.empty_like(found)
+    logprobs, right = ops.cross_entropy(found, targets, slope)
     if slope is None:
-        return Scored(losses, right, None)
-    return Scored(losses, right, torch.autograd.grad(logits, rows, slope)[0])
-
-
-def losses_of(model: CausalLM, hidden: Tensor, targets: Tensor, adapters: Tensor | None) -> Tensor:
-    """The losses through autograd, for heads that are trained themselves."""
-    return torch.nn.functional.cross_entropy(model.logits(hidden, adapters), targets, reduction="none")
+        return Scored(-logprobs, right, None)
+    return Scored(-logprobs, right, torch.autograd.grad(logits, rows, slope)[0])
 
 
 def score_chunks(

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from quire import ops
 from quire.batch import Batch, packed
 from quire.models.decoder import CausalLM, LayerStep
 from quire.train.examples import Example
-from quire.train.loss import chunks, losses_of, score_chunks
+from quire.train.loss import chunks, logits_of, score_chunks
 
 # Parts of the model that are no layer: below the first, above the last.
 BEGIN, FINISH, HEAD = "begin", "finish", "head"
@@ -192,8 +193,10 @@ def _head_again(
 ) -> Tensor:
     rows = hidden.requires_grad_()
     with torch.enable_grad():
-        loss = (losses_of(model, rows, targets, adapters) * factors).sum()
-    return _add(loss, None, trained, rows)
+        logits, _ = logits_of(model, rows, adapters)
+    slope = torch.empty_like(logits, requires_grad=False)
+    ops.cross_entropy(logits.detach(), targets, slope)
+    return _add(logits, slope.mul_(factors[:, None]), trained, rows)
 
 
 def _add(out: Tensor, gradient: Tensor | None, trained: list[tuple[Tensor, Tensor]], x: Tensor | None = None) -> Tensor:

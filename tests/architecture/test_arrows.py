@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"batch", "layers", "models.config", "ops"},
     "quant": {"batch", "errors", "layers", "models", "models.config", "ops"},
     "scheduler": {"errors", "request", "speculation"},
-    "sampling": {"errors", "request"},
+    "sampling": {"errors", "ops", "request"},
     "weights": {"envs", "errors", "log", "models", "models.config", "quant"},
     "plan": {"config", "envs", "errors", "models.config", "presets", "quant"},  # of quant, what knows no torch
     "lora": {"batch", "errors", "layers", "log", "models", "models.config", "models.registry", "ops", "weights"},

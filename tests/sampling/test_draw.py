@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from quire.sampling.blocks import BLOCK, block_masses
-from quire.sampling.draw import draw_in_given_order, draw_in_token_order, philox, uniform
+from quire import ops
+from quire.sampling.draw import philox, uniform
 
 ONES = 0xFFFFFFFF
 
@@ -52,15 +54,24 @@ def test_uniform_is_uniform_and_neighbours_are_independent(by: str) -> None:
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.025
 
 
+def drawn(logits: torch.Tensor, uniform: float, top_p: float = 1.0) -> int:
+    numbers = [torch.tensor([value], dtype=torch.float64) for value in (1.0, 0.0, top_p, uniform)]
+    return int(ops.draw(logits, *numbers[:2], torch.zeros(1, dtype=torch.int64), *numbers[2:]))
+
+
 def test_the_ends_of_the_range_never_choose_a_token_of_no_weight() -> None:
-    weights = torch.zeros(2, 5 * BLOCK)
-    weights[:, [3, BLOCK, 2 * BLOCK + 5]] = torch.tensor([0.1, 0.7, 1e-30])
-    masses = block_masses(weights)
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw_in_token_order(weights, masses, ends).tolist() == [3, BLOCK]
-    # Even a number that rounds up to 1 stays on a token that has weight.
-    assert draw_in_token_order(weights, masses, torch.ones(2, dtype=torch.float64)).tolist() == [BLOCK, BLOCK]
-    sums = torch.tensor([[0.5, 0.5, 0.75, 0.75, 1.0]], dtype=torch.float64)
-    for number, kept, place in [(0.0, 5, 0), (0.5, 5, 2), (1.0, 4, 2), (1.0, 1, 0), (0.99, 5, 4)]:
-        drawn = draw_in_given_order(sums, torch.tensor([kept]), torch.tensor([number], dtype=torch.float64))
-        assert drawn.tolist() == [place]
+    logits = torch.full((1, 640), -torch.inf)
+    logits[0, [3, 128, 261]] = torch.tensor([0.1, 0.7, 1e-30]).log()
+    assert [drawn(logits, share) for share in (0.0, 1 - 2**-53)] == [3, 128]
+    # In order of likelihood.
+    assert [drawn(logits, share, 1 - 2**-53) for share in (0.0, 0.874, 0.876, 1 - 2**-53)] == [128, 128, 3, 3]
+
+
+def test_a_rare_token_behind_a_great_mass_keeps_its_share() -> None:
+    """In float32 a weight of 1e-4 would vanish behind a mass of 128,000."""
+    logits = torch.full((1, 128_128), 0.0)
+    logits[:, 128_000:] = -torch.inf
+    logits[:, -1] = math.log(1e-4)
+    border = 1 - 1e-4 / (128_000 + 1e-4)
+    assert drawn(logits, border - 1e-14) == 127_999
+    assert drawn(logits, border + 1e-14) == 128_127

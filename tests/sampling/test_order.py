@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from quire import ops
 from quire.request import SamplingParams
 from quire.sampling import SamplingRow, bad_word_ids, sample, score, top_candidates
+
+
+def every_logprob(logits: torch.Tensor) -> torch.Tensor:
+    """Against float64: tests/ops/test_native_vocabulary.py."""
+    return ops.log_softmax_at(logits, torch.arange(logits.shape[1]).expand(len(logits), -1))
 
 
 def drawable(weights_or_logits: list[float], *, weights: bool = False, **options: Any) -> set[int]:
@@ -30,7 +36,7 @@ def test_raw_logprobs_come_before_everything() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={3: 50.0}, allowed_token_ids=[1, 3], repetition_penalty=2.0)
     row = sample(logits, [SamplingRow(params, 0, 0, prompt_ids=[0, 3])])[0]
-    raw = torch.log_softmax(logits, -1)[0].tolist()
+    raw = every_logprob(logits)[0].tolist()
     assert (row.token, row.logprob, row.rank) == (3, raw[3], 4)
     assert row.top == ((0, raw[0]), (1, raw[1]))
 
@@ -180,7 +186,7 @@ def test_nothing_left_to_draw_is_corrupted() -> None:
 def test_score_gives_raw_logprobs_of_given_tokens(count: int) -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
     targets = [0, 299, 17, 17, 128]
-    raw = torch.log_softmax(logits, -1)
+    raw = every_logprob(logits)
     for x, lp, target, row in zip(logits, raw, targets, score(logits, targets, count), strict=True):
         order = x.sort(descending=True, stable=True).indices.tolist()
         assert (row.token, row.logprob, row.rank) == (target, lp[target].item(), order.index(target) + 1)
@@ -199,7 +205,7 @@ def test_top_candidates() -> None:
     logits[1, 7] = math.nan
     for temperature in (0.0, 1.0, 0.5):
         found = top_candidates(logits, 4, temperature)
-        raw = torch.log_softmax(logits / (temperature or 1.0), -1)
+        raw = every_logprob(logits / (temperature or 1.0))
         for row in (0, 2):
             best = raw[row].topk(4)
             assert found[row] == tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

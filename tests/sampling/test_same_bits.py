@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from quire.request import SamplingParams
 from quire.sampling import SampledRow, SamplingRow, sample, score
-from quire.sampling.blocks import best, block_masses, largest, pad_to_blocks
-from quire.sampling.filters import temper
 
 VOCABULARIES = [7, 128, 257, 4096, 50257, 151936, 151937]
 
@@ -100,39 +98,6 @@ def test_prompt_logprobs_are_the_same_in_every_batch(vocabulary: int) -> None:
         torch.set_num_threads(threads)
         assert [bits(row) for row in score(logits, targets, 5)] == alone
         assert [bits(score(logits[at : at + 1].clone(), [targets[at]], 5)[0]) for at in range(count)] == alone
-
-
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_each_operation_used_is_the_same_for_any_number_of_rows(vocabulary: int) -> None:
-    """The premises of the two tests above, one by one, so that a new torch that breaks one is named at once."""
-
-    def weights(x: Tensor) -> Tensor:
-        return temper(x, x.amax(-1), torch.full((len(x),), 0.7))
-
-    operations: dict[str, Callable[[Tensor], Tensor]] = {
-        "log_softmax": lambda x: torch.log_softmax(x[:, :vocabulary], dim=-1),
-        "exp": weights,
-        "block_masses": lambda x: block_masses(weights(x)),
-        "cumsum": lambda x: weights(x).double().cumsum(-1),
-        "best": lambda x: best(x)[1],
-        "largest": lambda x: largest(x, min(20, x.shape[1]))[1],
-    }
-    padded = pad_to_blocks(some_logits(17, vocabulary, seed=5))
-    for name, operation in operations.items():
-        torch.set_num_threads(1)
-        expected = operation(padded)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for start, stop in [(0, 17), (0, 1), (8, 9), (16, 17), (3, 5), (1, 17)]:
-                assert torch.equal(operation(padded[start:stop].clone()), expected[start:stop]), (name, threads, start, stop)
-
-
-def test_cumulative_sums_of_a_prefix_are_a_prefix() -> None:
-    """So the number of candidates that were looked at does not change the sums of those that count."""
-    weights = torch.rand(3, 5000, generator=torch.Generator().manual_seed(0)).double()
-    whole = weights.cumsum(-1)
-    for length in (1, 2, 3, 17, 128, 4999):
-        assert torch.equal(weights[:, :length].contiguous().cumsum(-1), whole[:, :length])
 
 
 def test_half_precision_logits_mean_their_float32_values() -> None:

@@ -6,10 +6,13 @@ from quire.ops.cpu.lora import lora, lora_backward, lora_table, loras
 from quire.ops.cpu.parts import packed_from_parts, packed_parts
 from quire.ops.cpu.rows import activation, add, embedding, gated_activation, layer_norm, rms_norm, rope
 from quire.ops.cpu.tape import Tape
+from quire.ops.cpu.vocabulary import cross_entropy, draw, masses, peaks
 
 __all__ = [
     "activation",
     "add",
+    "cross_entropy",
+    "draw",
     "embedding",
     "gated_activation",
     "layer_norm",
@@ -18,6 +21,7 @@ __all__ = [
     "lora_backward",
     "lora_table",
     "loras",
+    "masses",
     "pack",
     "packed_attention",
     "packed_attention_backward",
@@ -28,6 +32,7 @@ __all__ = [
     "packed_parts",
     "packed_rows",
     "paged_attention",
+    "peaks",
     "rms_norm",
     "rope",
     "rope_and_write",

@@ -5,9 +5,7 @@ best blocks; the `count` best tokens lie in the `count` best blocks. Both hold w
 are ordered alike: larger value first, lower index first.
 
 Why not `argmax`, `topk` and `sort` of torch on the whole row: on CPU `argmax` is several times slower than `amax`,
-`topk` leaves the order of ties open, and a stable sort of one such row takes about 10 ms. Why blocks for sums: torch
-sums a single long row in as many parts as there are threads, so the bits of a plain `sum` depend on the thread count;
-sums of 128 do not.
+`topk` leaves the order of ties open, and a stable sort of one such row takes about 10 ms.
 """
 
 from __future__ import annotations
@@ -51,8 +49,3 @@ def _largest_by_blocks(logits: Tensor, count: int, size: int) -> tuple[Tensor, T
     chosen = ranked[:, :count].sort(dim=-1).values
     values, places = largest(blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, size)).flatten(1), count)
     return values, chosen.gather(1, places // size) * size + places % size
-
-
-def block_masses(weights: Tensor) -> Tensor:
-    """float64 running totals [R, N / BLOCK] of the weights [R, N]: entry b is the mass of blocks 0..b."""
-    return weights.unflatten(-1, (-1, BLOCK)).sum(-1).double().cumsum(-1)
