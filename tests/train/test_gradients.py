@@ -103,8 +103,11 @@ def test_one_step_is_that_of_peft_with_torchs_adamw(tiny_llama: Path, model: Cau
     assert norm > ONE.max_grad_norm
     factor = ONE.max_grad_norm / (float(norm) + 1e-6)
     torch.testing.assert_close(run.flat.gradient, wanted * factor, atol=1e-6, rtol=1e-4)
-    # AdamW's first step divides a gradient by its size, and so shows the last bits of the smallest ones.
-    torch.testing.assert_close(run.flat.values, in_our_order(run, trained).detach(), atol=3e-5, rtol=0)
+    # AdamW's first step divides a gradient by its size: of one near its epsilon it shows the last bits.
+    theirs, clear = in_our_order(run, trained).detach(), (wanted * factor).abs() > 1e-6
+    assert clear.float().mean() > 0.98
+    torch.testing.assert_close(run.flat.values[clear], theirs[clear], atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.flat.values, theirs, atol=3e-5, rtol=0)
     run.close()
 
 
