@@ -35,8 +35,13 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 HERE = Path(__file__).parent
-# What is asked of TRL: its defaults, and the setting that was fastest of those that compile nothing.
-TRL = {"TRL defaults": [], "TRL by length, no checkpointing": ["--by-length", "--no-checkpointing"]}
+# What is asked of TRL: its defaults, the setting that was fastest of those that compile nothing, and the base in float32, which
+# is faster on processors without bfloat16 products.
+TRL = {
+    "TRL defaults": [],
+    "TRL by length, no checkpointing": ["--by-length", "--no-checkpointing"],
+    "TRL float32 by length": ["--by-length", "--float32"],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="examples of a step")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--folder", type=Path, help="where the model is, or goes; else a temporary one")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a peer's run is ended")
     parser.add_argument("--together", type=int, default=4, help="jobs that train in one batch; 0: do not")
 
 
@@ -56,35 +62,44 @@ def run(options: argparse.Namespace) -> Outcome:
         if not (model / "model.safetensors").exists():
             random_model.write(model, random_model.SHAPES[options.shape], full_tokenizer=True)
         write_data(model, data)
-        rate = multiply_rate(torch.bfloat16)
+        rate = _matrix_rate()
         counts = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--batch", str(options.batch)]
         found = {"Quire": _child([sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts])}
         for label, flags in _peers(options).items():
             python = options.peers / "trl" / "bin" / "python"
             # -P: this folder's modules are not to be found in place of installed ones of the same name.
             words = [str(python), "-P", str(HERE / "training_trl.py"), str(model), str(data), *counts, *flags]
-            found[label] = _child(words, preload=tcmalloc(options.peers))
+            found[label] = _child(words, preload=tcmalloc(options.peers), limit=options.limit)
         if options.together:
             for batch in (options.batch, 1):
                 words = [sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts]
                 words += ["--together", str(options.together), "--batch", str(batch)]
                 found[f"Quire, {options.together} jobs of {batch}"] = _child(words)
-        rate = statistics.mean([rate, multiply_rate(torch.bfloat16)])
+        rate = statistics.mean([rate, _matrix_rate()])
     options.peers = options.folder = None  # places of this machine are nobody's business
     ours = found["Quire"]
     for numbers in found.values():
+        if "unfinished" in numbers:
+            continue
         work = numbers.get("flops", ours["flops"] * numbers["tokens"] / ours["tokens"])
         numbers["share_of_bound"] = round(work / rate / numbers["seconds"], 3)
     return Outcome(_headline(found, options), {"matrix_rate": rate, "contestants": found})
 
 
+def _matrix_rate() -> float:
+    """The better of torch's two: without instructions for bfloat16 its products are slower than in float32."""
+    return max(multiply_rate(torch.bfloat16), multiply_rate(torch.float32))
+
+
 def _headline(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
-    parts = [
-        f"{label} {one['tokens_per_second']:.0f} tokens/s ({one['share_of_bound']:.0%} of the bound, {one['peak_gb']:.1f} GB"
-        + (f", {one['gain']:.2f}x one after the other" if "gain" in one else "")
-        + ")"
-        for label, one in found.items()
-    ]
+    def told(one: dict[str, Any]) -> str:
+        if "unfinished" in one:
+            return f"did not finish {options.warmup + options.steps} steps in {one['unfinished']:.0f} s"
+        gain = f", {one['gain']:.2f}x one after the other" if "gain" in one else ""
+        reached = f"{one['share_of_bound']:.0%} of the bound, {one['peak_gb']:.1f} GB"
+        return f"{one['tokens_per_second']:.0f} tokens/s ({reached}{gain})"
+
+    parts = [f"{label} {told(one)}" for label, one in found.items()]
     return f"{options.shape}, {options.batch} chat examples a step, rank 16 on all linears: " + "; ".join(parts)
 
 
@@ -98,10 +113,13 @@ def _peers(options: argparse.Namespace) -> dict[str, list[str]]:
     return TRL
 
 
-def _child(words: list[str], preload: Path | None = None) -> dict[str, Any]:
-    """The last line that a process of its own prints, as JSON."""
+def _child(words: list[str], preload: Path | None = None, limit: float | None = None) -> dict[str, Any]:
+    """The last line that a process of its own prints, as JSON; unfinished: the seconds after which it was ended."""
     environment = {**os.environ, **({"LD_PRELOAD": str(preload)} if preload else {}), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"unfinished": limit}
     numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(words[2:4], {name: value for name, value in numbers.items() if name != "parts"}, flush=True)
     return numbers

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--by-length", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="the base in float32, without autocast")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.chat_template = template()
@@ -73,7 +74,8 @@ def main() -> None:
             assistant_only_loss=True,
             gradient_checkpointing=not options.no_checkpointing,
             train_sampling_strategy="group_by_length" if options.by_length else "random",
-            model_init_kwargs={"dtype": "bfloat16"},
+            bf16=not options.float32,
+            model_init_kwargs={"dtype": "float32" if options.float32 else "bfloat16"},
         )
         clock, counted = Clock(), []
         trainer = SFTTrainer(
