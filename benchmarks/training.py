@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="examples of a step")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--folder", type=Path, help="where the model is, or goes; else a temporary one")
+    parser.add_argument("--only", default="", help="of the peers' settings, those with this in their names")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a peer's run is ended")
     parser.add_argument("--together", type=int, default=4, help="jobs that train in one batch; 0: do not")
 
@@ -110,7 +111,7 @@ def _peers(options: argparse.Namespace) -> dict[str, list[str]]:
     if not PEERS["trl"].installed(options.peers):
         print("TRL is not installed there: python -m benchmarks.peers install trl --into DIR", file=sys.stderr)
         return {}
-    return TRL
+    return {label: flags for label, flags in TRL.items() if options.only in label}
 
 
 def _child(words: list[str], preload: Path | None = None, limit: float | None = None) -> dict[str, Any]:
