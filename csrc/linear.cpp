@@ -18,9 +18,9 @@ namespace {
 // Of a block of inputs, between two store-aways: tiles pass over it one after the other, from the second-level cache where one
 // pass takes the whole panel, else from the first-level one.
 constexpr int64_t BLOCK_INPUTS = LANES == 16 ? 1024 : 256, BLOCK_TILES = 8;
-constexpr int AHEAD = 2048;             // bytes between a read and its prefetch, for each of two panels
-constexpr int INTEGERS_AHEAD = 4096;    // for one
-constexpr int64_t RUN_QUADS = 128;      // 16 KiB of an 8-bit panel
+constexpr int AHEAD = 2048;           // bytes between a read and its prefetch, for each of two panels
+constexpr int INTEGERS_AHEAD = 4096;  // for one
+constexpr int64_t RUN_QUADS = 128;    // 16 KiB of an 8-bit panel
 
 // ---- decoding: some of one input's 32 weights as floats --------------------------------------------------------------
 
@@ -227,10 +227,6 @@ struct Quantized {
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
-// Without an instruction that adds four products of bytes to 32 bits. Eight-bit weights: words of 16 bits, whose products are
-// added in pairs; so four inputs of a row are the pairs (0, 2) and (1, 3), and bytes 0 and 2 of a weight's word are what a mask
-// leaves. Four-bit weights: bytes, whose products are added in pairs to 16 bits (below 2 * 15 * 127), and eight of these sums
-// still fit there.
 // sum += part, here and now: GCC would gather parts of several steps before it adds them, and run out of registers.
 INLINE void add_to(Ints &sum, __m256i part) {
     sum += (Ints)part;
@@ -241,6 +237,10 @@ INLINE void add_to(__m256i &sum, __m256i part) {
     asm("" : "+x"(sum));
 }
 
+// Without an instruction that adds four products of bytes to 32 bits. Eight-bit weights: words of 16 bits, whose products are
+// added in pairs; so four inputs of a row are the pairs (0, 2) and (1, 3), and bytes 0 and 2 of a weight's word are what a mask
+// leaves. Four-bit weights: bytes, whose products are added in pairs to 16 bits (below 2 * 15 * 127), and eight of these sums
+// still fit there.
 template <bool INT4> struct Integers {
     static constexpr int64_t BYTES = INT4 ? 4 : 8;  // of four inputs of a row
 
