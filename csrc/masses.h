@@ -16,9 +16,9 @@ constexpr int64_t MOST_TOKENS = int64_t(1) << 22;
 constexpr float LOG2_E = 1.44269504f;
 constexpr double ONE = 0x1p40;
 
-// Half as many lanes: what fills a register.
+// Half as many lanes: what fills a register. Unsigned, since sums of numbers with an EXCESS wrap around.
 typedef double Doubles __attribute__((vector_size(LANES * 4)));
-typedef int64_t Longs __attribute__((vector_size(LANES * 4)));
+typedef uint64_t Longs __attribute__((vector_size(LANES * 4)));
 
 // Relative error of the power itself below 2e-7; 1 for x = peak exactly. x may be -inf, and is no larger than peak.
 INLINE Floats weight_of(Floats x, Floats peak, Floats scale) {
