@@ -20,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent / "csrc"
-KERNELS = ("linear", "rows", "attention", "lora", "transposed", "gradients", "attention_backward", "loss", "sampling")
+KERNELS = ("linear", "dense", "integers", "rows", "attention", "lora", "transposed", "gradients", "attention_backward", "loss", "sampling")
 PLAIN = ("dispatch", "check", "pool", "replay")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: of its headers
@@ -29,8 +29,10 @@ X86 = {
     "avx2": "-mavx2 -mfma -mf16c",
     "generic": "",
 }
-# AMX's tiles multiply beside the kernels of avx512. Emulated they are for tests, on machines that have none.
-AMX = f"{X86['avx512']} -mavx512vbmi -mavx512bf16"
+# Two sets that multiply beside the kernels of avx512. AMX's tiles are also emulated, for tests on machines that have none.
+BF16 = f"{X86['avx512']} -mavx512bf16"
+PAIRS = ("dense", "transposed")
+AMX = f"{BF16} -mavx512vbmi"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 
 
@@ -49,10 +51,10 @@ def instruction_sets(machine: str) -> dict[str, str]:
     return {"neon": ""} if machine in ("aarch64", "arm64") else {"generic": ""}
 
 
-def builds_tiles(compiler: list[str]) -> bool:
-    """Whether the compiler and its assembler know AMX."""
-    command = [*compiler, *AMX.split(), *AMX_TILES.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
-    source = 'void f() { asm volatile("tilerelease"); }'
+def builds(compiler: list[str], switches: str, instruction: str) -> bool:
+    """Whether the compiler knows the switches and its assembler the instruction."""
+    command = [*compiler, *switches.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = f'void f() {{ asm volatile("{instruction}"); }}'
     return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
@@ -70,10 +72,15 @@ class BuildNative(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("QUIRE_CXXFLAGS", ""))]
         sets = instruction_sets(machine_of(compiler))
-        amx = "avx512" in sets and builds_tiles(compiler)
-        jobs = [(name, objects / f"{name}.o", ["-DQUIRE_AMX"] if amx else []) for name in PLAIN]
+        pairs = "avx512" in sets and builds(compiler, BF16, "vdpbf16ps %zmm0, %zmm0, %zmm0")
+        amx = "avx512" in sets and builds(compiler, f"{AMX} {AMX_TILES}", "tilerelease")
+        known = [*(["-DQUIRE_BF16_PAIRS"] if pairs else []), *(["-DQUIRE_AMX"] if amx else [])]
+        jobs = [(name, objects / f"{name}.o", known) for name in PLAIN]
         for isa, switches in sets.items():
             jobs += [(name, objects / f"{name}_{isa}.o", [f"-DQUIRE_ISA={isa}", *switches.split()]) for name in KERNELS]
+        if pairs:
+            own = ["-DQUIRE_ISA=avx512_bf16", *BF16.split()]
+            jobs += [(name, objects / f"{name}_bf16.o", own) for name in PAIRS]
         if amx:
             jobs += [
                 ("amx", objects / "amx.o", ["-DQUIRE_ISA=amx", *AMX.split(), *AMX_TILES.split()]),

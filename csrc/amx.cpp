@@ -7,8 +7,7 @@
 // they give its bits; bfloat16 does not, as a step's pairs are summed inside the tile.
 //
 // What has no tiles (float32 and float16, of x or of weights) goes to the next instruction set.
-#include "kernels.h"
-#include "product.h"
+#include "linear.h"
 #include "tiles.h"
 
 namespace QUIRE_ISA {
@@ -392,30 +391,18 @@ template <class Form> void run(const Product &product) {
     }, together);
 }
 
-decltype(quire::Kernels::linears) others;  // the next instruction set's
-
-int linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
-            const void *const *biases, void *const *ys, const int64_t *y_strides) {
-    const quire_weight &first = *weights[0];
-    bool alike = type == QUIRE_F32 || type == QUIRE_BF16 || type == QUIRE_F16;
-    for (int w = 1; w < count; w++)
-        alike &= weights[w]->form == first.form && weights[w]->type == first.type && weights[w]->inputs == first.inputs &&
-                 weights[w]->group_size == first.group_size;
-    if (alike && rows > 0 && first.inputs > 0) {
-        const Product product{count, weights, type, rows, static_cast<const uint8_t *>(x), x_stride, biases, ys, y_strides};
-        if (first.form == QUIRE_INT8) return run<Int8>(product), 0;
-        if (first.form == QUIRE_INT4) return run<Int4>(product), 0;
-        if (type == QUIRE_BF16 && first.type == QUIRE_BF16) return run<Dense<Bf16>>(product), 0;
-        if (type == QUIRE_BF16 && first.type == QUIRE_E4M3) return run<Dense<E4m3>>(product), 0;
-    }
-    return others(count, weights, type, rows, x, x_stride, biases, ys, y_strides);
+bool multiply_tiles(const Product &product) {
+    const quire_weight &first = *product.weights[0];
+    if (first.form == QUIRE_INT8) return run<Int8>(product), true;
+    if (first.form == QUIRE_INT4) return run<Int4>(product), true;
+    if (product.type != QUIRE_BF16) return false;
+    if (first.type == QUIRE_BF16) return run<Dense<Bf16>>(product), true;
+    if (first.type == QUIRE_E4M3) return run<Dense<E4m3>>(product), true;
+    return false;
 }
 
 }  // namespace
 
-void add_linear(quire::Kernels &kernels) {
-    others = kernels.linears;
-    kernels.linears = linears;
-}
+void add_linear(quire::Kernels &kernels) { InFront<multiply_tiles>::add(kernels); }
 
 }  // namespace QUIRE_ISA

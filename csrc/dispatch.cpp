@@ -28,6 +28,17 @@ struct Isas {
     })
 
 #if defined(__x86_64__)
+// Beside AVX-512, whose kernels do all but products of bfloat16 rows. The instruction is worth two of AVX-512's on AMD's processors;
+// on Intel's it is worth what they are, and is there to be asked for.
+void add_pairs([[maybe_unused]] Isas &found) {
+#if defined(QUIRE_BF16_PAIRS)
+    if (!__builtin_cpu_supports("avx512bf16")) return;
+    Isa pairs = {"avx512_bf16", found.list.back().kernels};
+    avx512_bf16::add_linear(pairs.kernels), avx512_bf16::add_transposed(pairs.kernels);
+    found.list.insert(__builtin_cpu_is("amd") ? found.list.begin() : found.list.end(), pairs);
+#endif
+}
+
 // In front of AVX-512, whose kernels do all but the products with packed weights.
 void add_amx(Isas &found) {
     const Isa avx512 = found.list.back();
@@ -62,6 +73,7 @@ Isas find() {
     if (avx512_here) {
         ADD(avx512);
         add_amx(found);
+        add_pairs(found);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ADD(avx2);
     ADD(generic);

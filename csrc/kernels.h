@@ -51,6 +51,10 @@ QUIRE_DECLARE(avx2)
 QUIRE_DECLARE(neon)
 QUIRE_DECLARE(generic)
 // They take over what they can from the kernels that are given.
+namespace avx512_bf16 {
+void add_linear(quire::Kernels &kernels);
+void add_transposed(quire::Kernels &kernels);
+}
 namespace amx {
 void add_linear(quire::Kernels &kernels);
 }

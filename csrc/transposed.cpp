@@ -6,10 +6,14 @@
 // order, over one weight after the other; between blocks it is stored whole. Rows are taken in chunks, so that what is put
 // aside stays small. A quantized weight counts as the numbers that it stands for, and rows as they are: rounding them, as the
 // forward product does, has no gradient.
+//
+// Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, where dy and the weights are bfloat16: a link of
+// a chain is then the outputs j and j + 16 of a panel, which lie side by side, and one instruction multiplies and adds both.
 #include "functions.h"
 #include "kernels.h"
 #include "product.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace QUIRE_ISA {
@@ -17,6 +21,10 @@ namespace {
 
 constexpr int64_t CHUNK_ROWS = 384;     // rows that share the turning of a block
 constexpr int64_t BLOCK_OUTPUTS = 512;  // of a block: 64 KiB, and as much of dy for 384 rows as a second-level cache holds
+
+using Turn = void (*)(const quire_weight &, int64_t, int64_t, int64_t, int64_t, float *);
+
+#if !defined(__AVX512BF16__)
 
 // ---- one input's 32 weights of a panel ---------------------------------------------------------------------------------
 
@@ -74,8 +82,6 @@ void turn(const quire_weight &weight, int64_t panel_bytes, int64_t p, int64_t en
     }
 }
 
-using Turn = void (*)(const quire_weight &, int64_t, int64_t, int64_t, int64_t, float *);
-
 Turn turn_for(const quire_weight &weight) {
     if (weight.form == QUIRE_INT8) return turn<QUIRE_INT8, QUIRE_I8>;
     if (weight.form == QUIRE_INT4) return turn<QUIRE_INT4, QUIRE_I8>;
@@ -88,21 +94,74 @@ Turn turn_for(const quire_weight &weight) {
     return nullptr;
 }
 
+// ---- links: what a chain takes at once ----------------------------------------------------------------------------------
+
+// A link has OUTPUTS outputs. row: a row's links of outputs [begin, end), four bytes each.
+struct Link {
+    static constexpr int64_t OUTPUTS = 1;
+    using Values = Floats;
+    static Turn turn_for(const quire_weight &weight) { return QUIRE_ISA::turn_for(weight); }
+    static void row(const quire_weight &weight, int type, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
+        row_to_floats(type, dy, end - begin, to);
+        if (weight.scales && weight.form != QUIRE_INT4)
+            for (int64_t o = begin; o < end; o++) to[o - begin] *= weight.scales[o];
+    }
+    static INLINE Floats factor(const float *x) { return all(*x); }
+    static INLINE Floats add(Floats sum, Floats values, Floats factor) { return fma(factor, values, sum); }
+};
+
+#else
+
+// ---- links of two outputs -------------------------------------------------------------------------------------------------
+
+// Panels [p, end) of a weight, inputs [first, first + 32), into out [pair of outputs][32]; zeros past the last input.
+void turn_pairs(const quire_weight &weight, int64_t panel_bytes, int64_t p, int64_t end, int64_t first, float *out) {
+    for (; p < end; p++, out += PANEL / 2 * PANEL) {
+        const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
+        for (int i = 0; i < PANEL; i += LANES) {
+            Words words[LANES] = {};
+            for (int j = 0; j < LANES && first + i + j < weight.inputs; j++)
+                words[j] = load<Words>(panel + (first + i + j) * PANEL * 2);
+            transpose(words);
+            for (int j = 0; j < LANES; j++) store(out + j * PANEL + i, words[j]);
+        }
+    }
+}
+
+struct Link {
+    static constexpr int64_t OUTPUTS = 2;
+    using Values = Words;
+    static Turn turn_for(const quire_weight &) { return turn_pairs; }
+    static void row(const quire_weight &, int, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
+        for (; begin < end; begin += PANEL, dy += PANEL * 2, to += PANEL / 2) {
+            uint16_t half[PANEL] = {};
+            std::memcpy(half, dy, size_t(std::min<int64_t>(PANEL, end - begin)) * 2);
+            store(to, widen(load<Halves>(half)) | widen(load<Halves>(half + LANES)) << 16);
+        }
+    }
+    static INLINE Words factor(const float *x) { return bits<Words>(all_ints(load<int32_t>(x))); }
+    static INLINE Floats add(Floats sum, Words values, Words factor) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)factor);
+    }
+};
+
+#endif
+
 // ---- the tile ------------------------------------------------------------------------------------------------------------
 
-// acc [ROWS][32] += x [count][ROWS] times w [count][32].
-template <int ROWS> void tile(int64_t count, const float *x, const float *w, float *acc) {
+// acc [ROWS][32] += x [links][ROWS] times w [links][32].
+template <int ROWS> void tile(int64_t links, const float *x, const float *w, float *acc) {
     constexpr int PASS = pass_for(ROWS);
     for (int first = 0; first < PARTS; first += PASS, w += PASS * LANES, acc += PASS * LANES) {
         Floats sums[ROWS][PASS];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < PASS; v++) sums[r][v] = load<Floats>(acc + r * PANEL + v * LANES);
-        for (int64_t o = 0; o < count; o++) {
-            Floats values[PASS];
-            for (int v = 0; v < PASS; v++) values[v] = load<Floats>(w + o * PANEL + v * LANES);
+        for (int64_t i = 0; i < links; i++) {
+            Link::Values values[PASS];
+            for (int v = 0; v < PASS; v++) values[v] = load<Link::Values>(w + i * PANEL + v * LANES);
             for (int r = 0; r < ROWS; r++) {
-                const Floats one = all(x[o * ROWS + r]);
-                for (int v = 0; v < PASS; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+                const auto factor = Link::factor(x + i * ROWS + r);
+                for (int v = 0; v < PASS; v++) sums[r][v] = Link::add(sums[r][v], values[v], factor);
             }
         }
         for (int r = 0; r < ROWS; r++)
@@ -132,21 +191,21 @@ struct Chunk {
     int count(int64_t t) const { return int(start(t + 1) - start(t)); }
 };
 
-// Outputs [begin, end) of the chunk's rows of dy, times the outputs' scales, into x: tiles of [end - begin][rows].
+// Links of outputs, that a block of so many has.
+int64_t links_of(int64_t outputs) { return Link::OUTPUTS == 1 ? outputs : up(outputs, PANEL) / Link::OUTPUTS; }
+
+// Outputs [begin, end) of the chunk's rows of dy, times the outputs' scales, into x: tiles of [links][rows].
 void prepare(const Chunk &chunk, const quire_weight &weight, int type, const void *dy, int64_t stride, int64_t begin,
              int64_t end, float *x) {
-    const int64_t count = end - begin;
-    const float *scales = weight.form == QUIRE_INT4 ? nullptr : weight.scales;
+    const int64_t links = links_of(end - begin);
     quire::parallel(chunk.tiles, [&](int64_t t) {
         const int rows = chunk.count(t);
-        float *to = x + chunk.start(t) * count;
+        float *to = x + chunk.start(t) * links;
         float line[BLOCK_OUTPUTS];
         for (int r = 0; r < rows; r++) {
             const int64_t at = (chunk.first + chunk.start(t) + r) * stride + begin;
-            row_to_floats(type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), count, line);
-            if (scales)
-                for (int64_t o = 0; o < count; o++) line[o] *= scales[begin + o];
-            for (int64_t o = 0; o < count; o++) to[o * rows + r] = line[o];
+            Link::row(weight, type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), begin, end, line);
+            for (int64_t i = 0; i < links; i++) std::memcpy(to + i * rows + r, line + i, 4);
         }
     });
 }
@@ -156,7 +215,7 @@ int linears_backward(int count, const quire_weight *const *weights, int dy_type,
     const int64_t inputs = weights[0]->inputs, panels = up(inputs, PANEL) / PANEL;
     std::vector<Turn> turns;
     for (int w = 0; w < count; w++) {
-        turns.push_back(turn_for(*weights[w]));
+        turns.push_back(Link::turn_for(*weights[w]));
         if (!turns.back() || weights[w]->inputs != inputs) return -1;
     }
     for (int one : {dy_type, type})
@@ -178,9 +237,9 @@ int linears_backward(int count, const quire_weight *const *weights, int dy_type,
                     float *acc = sums + p * chunk.rows * PANEL;
                     if (!begun) std::fill(acc, acc + chunk.rows * PANEL, 0.0f);
                     turns[size_t(w)](weight, panel_bytes, begin / PANEL, up(end, PANEL) / PANEL, p * PANEL, turned);
+                    const int64_t links = links_of(end - begin);
                     for (int64_t t = 0; t < chunk.tiles; t++)
-                        tile_for(chunk.count(t))(end - begin, x + chunk.start(t) * (end - begin), turned,
-                                                 acc + chunk.start(t) * PANEL);
+                        tile_for(chunk.count(t))(links, x + chunk.start(t) * links, turned, acc + chunk.start(t) * PANEL);
                 });
             }
         }
@@ -194,8 +253,27 @@ int linears_backward(int count, const quire_weight *const *weights, int dy_type,
     return 0;
 }
 
+#if defined(__AVX512BF16__)
+decltype(quire::Kernels::linears_backward) others;
+
+int linears_backward_in_pairs(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows,
+                              const void *const *dys, const int64_t *dy_strides, void *dx, int64_t dx_stride) {
+    const bool paired = dy_type == QUIRE_BF16 && std::all_of(weights, weights + count, [](const quire_weight *weight) {
+        return weight->form == QUIRE_DENSE && weight->type == QUIRE_BF16 && !weight->scales;
+    });
+    return (paired ? linears_backward : others)(count, weights, dy_type, type, rows, dys, dy_strides, dx, dx_stride);
+}
+#endif
+
 }  // namespace
 
+#if defined(__AVX512BF16__)
+void add_transposed(quire::Kernels &kernels) {
+    others = kernels.linears_backward;
+    kernels.linears_backward = linears_backward_in_pairs;
+}
+#else
 void add_transposed(quire::Kernels &kernels) { kernels.linears_backward = linears_backward; }
+#endif
 
 }  // namespace QUIRE_ISA
