@@ -31,7 +31,7 @@ X86 = {
 }
 # Two sets that multiply beside the kernels of avx512. AMX's tiles are also emulated, for tests on machines that have none.
 BF16 = f"{X86['avx512']} -mavx512bf16"
-PAIRS = ("dense", "transposed")
+PAIRS = ("dense", "attention", "transposed")
 AMX = f"{BF16} -mavx512vbmi"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 

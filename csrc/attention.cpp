@@ -6,9 +6,13 @@
 // depends on which rows share a tile, on where chunks begin or on threads. A key that a row may not see has the weight 0, a
 // span that it may not see the fade 1; leaving them out, where the whole tile may, changes no bit.
 //
-// A task is some rows of one sequence with the heads of one kv head. It decodes a span once, to float32: keys transposed,
+// A task is some rows of one sequence with the heads of one kv head. It decodes a span once (spans.h): keys transposed,
 // so that lanes are keys, values as they lie, so that lanes are dimensions. Then its rows pass over it in tiles, as rows pass
-// over a panel of a weight in linear.cpp. What lies past a sequence's end is never read.
+// over a panel of a weight in dense.cpp. What lies past a sequence's end is never read.
+//
+// Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows and caches of what bfloat16 holds:
+// a chain takes two dimensions or two keys at once, a score is scaled when it is complete, and weights are rounded to
+// bfloat16 before they are summed and multiply the values.
 //
 // Scales of a quantized cache: q is multiplied by `scale`, then by the keys' scale; the finished output by the values'.
 #include "functions.h"
@@ -23,20 +27,25 @@ namespace QUIRE_ISA {
 namespace {
 
 constexpr int64_t TASK_ROWS = 168;  // rows that share the decoding of a span
+constexpr bool PAIRS = Link::NUMBERS == 2;
+constexpr int SPAN_LINKS = SPAN / Link::NUMBERS;  // of keys
+
+// Queries are scaled before they are multiplied, unless they have to stay bfloat16.
+INLINE Floats scaled(Floats score, float scale) { return PAIRS ? score * scale : score; }
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
-// sums[r][p][v] is one chain over i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel, of which
+// sums[r][p][v] is one chain over links i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel, of which
 // EACH vectors are read.
 template <int ROWS, int PANELS, int EACH, int WIDTH, int STEP, int ROW>
 INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * EACH]) {
     for (int64_t i = 0; i < count; i++) {
-        Floats values[PANELS * EACH];
+        Link::Values values[PANELS * EACH];
         for (int p = 0; p < PANELS; p++)
-            for (int v = 0; v < EACH; v++) values[p * EACH + v] = load<Floats>(w + p * panel + i * WIDTH + v * LANES);
+            for (int v = 0; v < EACH; v++) values[p * EACH + v] = load<Link::Values>(w + p * panel + i * WIDTH + v * LANES);
         for (int r = 0; r < ROWS; r++) {
-            const Floats one = all(x[i * STEP + r * ROW]);
-            for (int v = 0; v < PANELS * EACH; v++) sums[r][v] = fma(one, values[v], sums[r][v]);
+            const auto factor = Link::factor(x + i * STEP + r * ROW);
+            for (int v = 0; v < PANELS * EACH; v++) sums[r][v] = Link::add(sums[r][v], values[v], factor);
         }
     }
 }
@@ -47,27 +56,30 @@ constexpr int panels_for(int rows) {
     return rows == 1 ? 2 : 1;
 }
 
-// Scores of ROWS queries [size][ROWS] with the keys of PANELS panels, into scores [ROWS][128].
-template <int ROWS, int PANELS> INLINE void score_some(int64_t size, const float *q, const float *keys, float *scores) {
+// Scores of ROWS queries [links][ROWS] with the keys of PANELS panels, times `scale`, into scores [ROWS][128].
+template <int ROWS, int PANELS>
+INLINE void score_some(int64_t links, const float *q, const float *keys, float scale, float *scores) {
     constexpr int EACH = pass_for(ROWS), SUMS = PANELS * EACH;
     for (int first = 0; first < PARTS; first += EACH) {
         Floats sums[ROWS][SUMS];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < SUMS; v++) sums[r][v] = Floats{};
-        chains<ROWS, PANELS, EACH, PANEL, ROWS, 1>(size, q, keys + first * LANES, size * PANEL, sums);
+        chains<ROWS, PANELS, EACH, PANEL, ROWS, 1>(links, q, keys + first * LANES, links * PANEL, sums);
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) store(scores + r * SPAN + v / EACH * PANEL + (first + v % EACH) * LANES, sums[r][v]);
+            for (int v = 0; v < SUMS; v++)
+                store(scores + r * SPAN + v / EACH * PANEL + (first + v % EACH) * LANES, scaled(sums[r][v], scale));
     }
 }
 
-template <int ROWS> void score(int64_t size, const float *q, const float *keys, int panel, int last, float *scores) {
+template <int ROWS>
+void score(int64_t links, const float *q, const float *keys, int panel, int last, float scale, float *scores) {
     constexpr int TOGETHER = panels_for(ROWS);
     for (; panel + TOGETHER <= last; panel += TOGETHER)
-        score_some<ROWS, TOGETHER>(size, q, keys + panel * size * PANEL, scores + panel * PANEL);
-    for (; panel < last; panel++) score_some<ROWS, 1>(size, q, keys + panel * size * PANEL, scores + panel * PANEL);
+        score_some<ROWS, TOGETHER>(links, q, keys + panel * links * PANEL, scale, scores + panel * PANEL);
+    for (; panel < last; panel++) score_some<ROWS, 1>(links, q, keys + panel * links * PANEL, scale, scores + panel * PANEL);
 }
 
-// out [ROWS][stride] = out * fade + weights [ROWS][128] times the values of keys [begin, end), for some dimensions.
+// out [ROWS][stride] = out * fade + weights [ROWS][128] times the values of links [begin, end), for some dimensions.
 template <int ROWS, int PANELS, int WIDTH>
 INLINE void mix_some(int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
                      float *out) {
@@ -78,7 +90,7 @@ INLINE void mix_some(int begin, int end, const float *weights, const float *valu
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < SUMS; v++) sums[r][v] = load<Floats>(place(r, v)) * fade[r];
         const float *from = values + begin * WIDTH + first * LANES;
-        chains<ROWS, PANELS, EACH, WIDTH, 1, SPAN>(end - begin, weights + begin, from, PANEL * SPAN, sums);
+        chains<ROWS, PANELS, EACH, WIDTH, 1, SPAN>(end - begin, weights + begin, from, PANEL * SPAN_LINKS, sums);
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < SUMS; v++) store(place(r, v), sums[r][v]);
     }
@@ -90,14 +102,14 @@ void mix(int64_t size, int begin, int end, const float *weights, const float *va
     constexpr int TOGETHER = panels_for(ROWS);
     int64_t d = 0;
     for (; d + TOGETHER * PANEL <= size; d += TOGETHER * PANEL)
-        mix_some<ROWS, TOGETHER, PANEL>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
+        mix_some<ROWS, TOGETHER, PANEL>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
     for (; d < size && panel_width(size, d) == PANEL; d += PANEL)
-        mix_some<ROWS, 1, PANEL>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
-    if (d < size) mix_some<ROWS, 1, 16>(begin, end, weights, values + d * SPAN, fade, stride, out + d);
+        mix_some<ROWS, 1, PANEL>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
+    if (d < size) mix_some<ROWS, 1, 16>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
 }
 
 struct Products {
-    void (*score)(int64_t, const float *, const float *, int, int, float *);
+    void (*score)(int64_t, const float *, const float *, int, int, float, float *);
     void (*mix)(int64_t, int, int, const float *, const float *, const float *, int64_t, float *);
 };
 
@@ -141,6 +153,19 @@ INLINE float hide(float *scores, int first, int last, int begin, int end, float 
     return largest(most);
 }
 
+#if defined(__AVX512BF16__)
+// exp of x <= 0, right to 1e-4 before it is rounded; from -87.3 down exactly 0. NaN stays NaN.
+INLINE Halves rounded_exp(Floats x) {
+    const Floats shift = all(12582912.0f);  // as in exp()
+    x = larger(all(-88.0f), x);
+    const Floats shifted = fma(x, all(1.44269504f), shift), r = fma(x, all(1.44269504f), shift - shifted);
+    Floats p = fma(all(0.0550091f), r, all(0.242210984f));
+    p = fma(fma(p, r, all(0.6932829f)), r, all(1.0f));
+    const Floats out = bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
+    return (Halves)_mm512_cvtneps_pbh((__m512)out);  // denormal numbers become 0
+}
+#endif
+
 // Scores into weights; their sum, and the fade of what was folded before, are taken into account.
 INLINE float weigh(float *scores, int first, int last, float high, Folded &folded) {
     const float highest = folded.best > high ? folded.best : high;
@@ -148,8 +173,15 @@ INLINE float weigh(float *scores, int first, int last, float high, Folded &folde
     Sixteen sums{};
     for (int i = first; i < last; i += 16)
         for (int v = 0; v < Sixteen::COUNT; v++) {
-            Floats weight = exp(load<Floats>(scores + i + v * LANES) - base);
+            Floats weight = load<Floats>(scores + i + v * LANES) - base;
+#if defined(__AVX512BF16__)
+            const Halves rounded = rounded_exp(weight);  // into the row's first half: what lies there was read
+            store(scores + (i + v * LANES) / 2, rounded);
+            weight = floats_of_bf16(rounded);
+#else
+            weight = exp(weight);
             store(scores + i + v * LANES, weight);
+#endif
             sums.part[v] += weight;
         }
     // While a row's maximum stands, which is nearly always, there is nothing to compute: exp(0) is 1.
@@ -275,6 +307,10 @@ struct Formats {
 };
 
 template <int type> void read_query(const uint8_t *x, int64_t size, float scale, const float *keys_scale, float *out) {
+    if (PAIRS) {
+        std::memcpy(out, x, size_t(size) * 2);
+        return;
+    }
     for (int64_t i = 0; i < size; i += LANES) {
         Floats value = read<type>(x, i, size) * scale;
         store(out + i, keys_scale ? value * *keys_scale : value);
@@ -293,24 +329,25 @@ void write_output(const float *sums, int64_t size, float total, const float *val
 // Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys.
 void attend(const Task &task, const Formats &formats) {
     const quire_attention &call = task.call;
-    const int64_t size = call.kv.size, padded = up(size, 16), rows = task.rows * task.heads;
+    const int64_t size = call.kv.size, links = size / Link::NUMBERS, padded = up(size, 16), rows = task.rows * task.heads;
     const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
     auto start = [&](int64_t t) { return rows * t / tiles; };
     auto place_of = [&](int64_t m) { return task.position + m / task.heads; };
     auto lowest_seen = [&](int64_t place) { return call.window ? std::max<int64_t>(0, place - call.window + 1) : 0; };
     const Room room(rows, size, padded);
     const float *scales = call.kv.scales;
+    const float scale = scales ? call.scale * scales[task.kv_head] : call.scale;  // where the scores are what is scaled
     const int64_t each = bytes_of_type(call.type);
 
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t count = start(t + 1) - start(t);
-        float *to = room.q + start(t) * size;
+        float *to = room.q + start(t) * links;
         for (int64_t r = 0; r < count; r++) {
             const int64_t m = start(t) + r;
             const int64_t from = (task.row + m / task.heads) * call.q.token + (task.head + m % task.heads) * call.q.head;
             formats.read_query(bytes(call.q.data) + from * each, size, call.scale, scales ? scales + task.kv_head : nullptr,
                                room.line);
-            for (int64_t i = 0; i < size; i++) to[i * count + r] = room.line[i];
+            for (int64_t i = 0; i < links; i++) std::memcpy(to + i * count + r, room.line + i, 4);
         }
     }
     std::fill(room.out, room.out + rows * padded, 0.0f);
@@ -329,14 +366,15 @@ void attend(const Task &task, const Formats &formats) {
         next.locate(task, number + 1, first_place, last_place);
         auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - number * SPAN, 0, SPAN)); };
         formats.decode_keys(span.keys, next.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
-        formats.decode_values(span.values, next.values, span.low, span.high, size, room.values);
+        formats.decode_values(span.values, next.values, span.low / Link::NUMBERS * Link::NUMBERS,
+                              int(up(span.high, Link::NUMBERS)), size, room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
             const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
             if (begin >= end) continue;
             const Products products = products_for(int(count));
             const int panel = begin / PANEL, last = (end + PANEL - 1) / PANEL;
-            products.score(size, room.q + m * size, room.keys, panel, last, room.weights);
+            products.score(links, room.q + m * links, room.keys, panel, last, scale, room.weights);
             for (int64_t r = 0; r < count; r++) {
                 const int64_t place = place_of(m + r);
                 float *weights = room.weights + r * SPAN;
@@ -344,7 +382,8 @@ void attend(const Task &task, const Formats &formats) {
                                         call.softcap);
                 fade[r] = weigh(weights, panel * PANEL, last * PANEL, high, room.folded[m + r]);
             }
-            products.mix(size, begin, end, room.weights, room.values, fade, padded, room.out + m * padded);
+            products.mix(size, begin / Link::NUMBERS, (end + Link::NUMBERS - 1) / Link::NUMBERS, room.weights, room.values, fade,
+                         padded, room.out + m * padded);
         }
     }
 
@@ -393,8 +432,24 @@ int attend_all(const quire_attention *call) {
     return 0;
 }
 
+#if defined(__AVX512BF16__)
+decltype(quire::Kernels::attend) others;
+
+int attend_in_pairs(const quire_attention *call) {
+    const bool held = call->kv.type != QUIRE_F32 && call->kv.type != QUIRE_F16;
+    return (call->type == QUIRE_BF16 && held && call->kv.size % 2 == 0 ? attend_all : others)(call);
+}
+#endif
+
 }  // namespace
 
+#if defined(__AVX512BF16__)
+void add_attention(quire::Kernels &kernels) {
+    others = kernels.attend;
+    kernels.attend = attend_in_pairs;
+}
+#else
 void add_attention(quire::Kernels &kernels) { kernels.attend = attend_all; }
+#endif
 
 }  // namespace QUIRE_ISA

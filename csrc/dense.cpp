@@ -7,6 +7,7 @@
 // Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows: a link of the chain is then
 // two inputs, which one instruction multiplies and adds.
 #include "linear.h"
+#include "link.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -19,21 +20,21 @@ namespace {
 constexpr int64_t BLOCK_INPUTS = LANES == 16 ? 1024 : 256;
 constexpr int AHEAD = 2048;  // bytes between a read and its prefetch, for each of two panels
 
-// ---- links: what a chain takes at once --------------------------------------------------------------------------------
+// ---- links of rows and panels ------------------------------------------------------------------------------------------
 
-// A link has INPUTS inputs, for which a panel has BYTES bytes. read: vectors [first, first + SIDE) of the panel's first half,
-// then the same of its second half. row: a row's links, four bytes each.
-struct Single {
-    static constexpr int64_t INPUTS = 1;
-    using Values = Floats;
-    static void row(const Product &product, int64_t r, float *to) {
-        row_to_floats(product.type, product.row(r), product.weights[0]->inputs, to);
-    }
-    static INLINE Floats factor(const float *x) { return all(*x); }
-    static INLINE Floats add(Floats sum, Floats values, Floats factor) { return fma(factor, values, sum); }
-};
+// A row's links, four bytes each.
+void row_of_links(const Product &product, int64_t r, float *to) {
+    const int64_t inputs = product.weights[0]->inputs;
+    if (Link::NUMBERS == 1)
+        row_to_floats(product.type, product.row(r), inputs, to);
+    else
+        std::memcpy(to, product.row(r), size_t(inputs) * 2);
+}
+
+// What a link of a panel is: BYTES bytes. read: vectors [first, first + SIDE) of the panel's first half, then the same of its
+// second half.
 template <int type> struct Dense;
-template <> struct Dense<QUIRE_F32> : Single {
+template <> struct Dense<QUIRE_F32> {
     static constexpr int64_t BYTES = PANEL * 4;
     template <int SIDE> static INLINE void read(const uint8_t *p, int first, Floats *w) {
         for (int v = 0; v < SIDE; v++) {
@@ -43,7 +44,7 @@ template <> struct Dense<QUIRE_F32> : Single {
     }
 };
 // Word j holds outputs j and j + 16, so that both become floats by one operation.
-template <> struct Dense<QUIRE_BF16> : Single {
+template <> struct Dense<QUIRE_BF16> {
     static constexpr int64_t BYTES = PANEL * 2;
     template <int SIDE> static INLINE void read(const uint8_t *p, int first, Floats *w) {
         for (int v = 0; v < SIDE; v++) {
@@ -53,7 +54,7 @@ template <> struct Dense<QUIRE_BF16> : Single {
         }
     }
 };
-template <> struct Dense<QUIRE_F16> : Single {
+template <> struct Dense<QUIRE_F16> {
     static constexpr int64_t BYTES = PANEL * 2;
     template <int SIDE> static INLINE void read(const uint8_t *p, int first, Floats *w) {
         for (int v = 0; v < SIDE; v++) {
@@ -76,7 +77,7 @@ INLINE Words bf16_of_e4m3(const uint8_t *p) {
 }
 #endif
 // Bytes in bfloat16's order.
-template <> struct Dense<QUIRE_E4M3> : Single {
+template <> struct Dense<QUIRE_E4M3> {
     static constexpr int64_t BYTES = PANEL;
     template <int SIDE> static INLINE void read(const uint8_t *p, [[maybe_unused]] int first, Floats *w) {
 #if defined(__AVX512F__)
@@ -97,21 +98,13 @@ template <> struct Dense<QUIRE_E4M3> : Single {
 
 // Two inputs of bfloat16 weights and rows: word o of a vector holds output o's, as the row's word holds the row's.
 template <int type> struct Pairs {
-    static constexpr int64_t INPUTS = 2, BYTES = 2 * Dense<type>::BYTES;
-    using Values = Words;
-    static void row(const Product &product, int64_t r, float *to) {
-        std::memcpy(to, product.row(r), size_t(product.weights[0]->inputs) * 2);
-    }
+    static constexpr int64_t BYTES = 2 * Dense<type>::BYTES;
     template <int SIDE> static INLINE void read(const uint8_t *p, int, Words *w) {
         const Words even = line(p), odd = line(p + Dense<type>::BYTES);
         w[0] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)even, (__m512i)(odd << 16));
         w[1] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(even >> 16), (__m512i)odd);
     }
     static INLINE Words line(const uint8_t *p) { return type == QUIRE_BF16 ? load<Words>(p) : bf16_of_e4m3(p); }
-    static INLINE Words factor(const float *x) { return bits<Words>(all_ints(load<int32_t>(x))); }
-    static INLINE Floats add(Floats sum, Words values, Words factor) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)factor);
-    }
 };
 
 #endif
@@ -123,7 +116,7 @@ template <int type> struct Pairs {
 template <class Weights, int ROWS, int PANELS>
 void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, float *acc) {
     constexpr int PASS = pass_for(ROWS), SIDE = PASS / 2, TOGETHER = PANELS * PASS;
-    const int64_t step = PASS == PARTS ? links : std::min(links, BLOCK_INPUTS / Weights::INPUTS);
+    const int64_t step = PASS == PARTS ? links : std::min(links, BLOCK_INPUTS / Link::NUMBERS);
     for (int64_t begin = 0; begin < links; begin += step)
         for (int first = 0; first < PARTS / 2; first += SIDE) {
             const int64_t end = std::min(links, begin + step);
@@ -135,7 +128,7 @@ void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, 
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < TOGETHER; v++) sums[r][v] = load<Floats>(place(r, v));
             for (int64_t i = begin; i < end; i++) {
-                typename Weights::Values values[TOGETHER];
+                Link::Values values[TOGETHER];
                 for (int p = 0; p < PANELS; p++) {
                     const uint8_t *from = w + p * panel_bytes + i * Weights::BYTES;
                     if (first == 0)
@@ -143,8 +136,8 @@ void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, 
                     Weights::template read<SIDE>(from, first, values + p * PASS);
                 }
                 for (int r = 0; r < ROWS; r++) {
-                    const auto factor = Weights::factor(x + i * ROWS + r);
-                    for (int v = 0; v < TOGETHER; v++) sums[r][v] = Weights::add(sums[r][v], values[v], factor);
+                    const auto factor = Link::factor(x + i * ROWS + r);
+                    for (int v = 0; v < TOGETHER; v++) sums[r][v] = Link::add(sums[r][v], values[v], factor);
                 }
             }
             for (int r = 0; r < ROWS; r++)
@@ -185,7 +178,7 @@ inline const uint8_t *decoded(const uint8_t *from, int64_t inputs) {
 
 // Shared: what more than one tile reads, the weights themselves or bfloat16 made of them.
 template <class Weights, class Shared = Weights> void multiply(const Product &product) {
-    const int64_t links = product.weights[0]->inputs / Weights::INPUTS, panel_bytes = links * Weights::BYTES;
+    const int64_t links = product.weights[0]->inputs / Link::NUMBERS, panel_bytes = links * Weights::BYTES;
     const Cut cut(product.rows);
 
     // Tile by tile, [links, rows of the tile].
@@ -193,10 +186,10 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
     quire::parallel(cut.tiles, [&](int64_t t) {
         const int rows = cut.rows(t);
         float *to = x + cut.start(t) * links;
-        if (rows == 1) return Weights::row(product, cut.start(t), to);
+        if (rows == 1) return row_of_links(product, cut.start(t), to);
         auto line = static_cast<float *>(quire::scratch(1, links * 4));
         for (int r = 0; r < rows; r++) {
-            Weights::row(product, cut.start(t) + r, line);
+            row_of_links(product, cut.start(t) + r, line);
             for (int64_t i = 0; i < links; i++) std::memcpy(to + i * rows + r, line + i, 4);
         }
     });
@@ -219,7 +212,7 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
         return;
     }
 
-    constexpr int64_t BLOCK = BLOCK_INPUTS / Weights::INPUTS, TILES = BLOCK_TILES * Weights::INPUTS;
+    constexpr int64_t BLOCK = BLOCK_INPUTS / Link::NUMBERS, TILES = BLOCK_TILES * Link::NUMBERS;
     const int64_t row_blocks = (cut.tiles + TILES - 1) / TILES;
     product.over_panels(row_blocks, INT64_MAX, [&](int w, int64_t p, int64_t, int64_t block) {
         const int64_t first = block * TILES, last = std::min(cut.tiles, first + TILES), row = cut.start(first);
@@ -229,7 +222,7 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
         for (int64_t begin = 0; begin < links; begin += BLOCK) {
             const int64_t count = std::min(BLOCK, links - begin);
             const uint8_t *part = data + begin * Weights::BYTES;
-            if constexpr (!std::is_same_v<Weights, Shared>) part = decoded(part, count * Weights::INPUTS);
+            if constexpr (!std::is_same_v<Weights, Shared>) part = decoded(part, count * Link::NUMBERS);
             for (int64_t t = first; t < last; t++) {
                 const int rows = cut.rows(t);
                 const Tile pass = tile_for<Shared>(rows, 1);

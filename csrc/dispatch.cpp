@@ -34,7 +34,8 @@ void add_pairs([[maybe_unused]] Isas &found) {
 #if defined(QUIRE_BF16_PAIRS)
     if (!__builtin_cpu_supports("avx512bf16")) return;
     Isa pairs = {"avx512_bf16", found.list.back().kernels};
-    avx512_bf16::add_linear(pairs.kernels), avx512_bf16::add_transposed(pairs.kernels);
+    avx512_bf16::add_linear(pairs.kernels), avx512_bf16::add_attention(pairs.kernels);
+    avx512_bf16::add_transposed(pairs.kernels);
     found.list.insert(__builtin_cpu_is("amd") ? found.list.begin() : found.list.end(), pairs);
 #endif
 }

@@ -53,6 +53,7 @@ QUIRE_DECLARE(generic)
 // They take over what they can from the kernels that are given.
 namespace avx512_bf16 {
 void add_linear(quire::Kernels &kernels);
+void add_attention(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }
 namespace amx {

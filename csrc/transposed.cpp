@@ -11,6 +11,7 @@
 // a chain is then the outputs j and j + 16 of a panel, which lie side by side, and one instruction multiplies and adds both.
 #include "functions.h"
 #include "kernels.h"
+#include "link.h"
 #include "product.h"
 
 #include <algorithm>
@@ -94,21 +95,12 @@ Turn turn_for(const quire_weight &weight) {
     return nullptr;
 }
 
-// ---- links: what a chain takes at once ----------------------------------------------------------------------------------
-
-// A link has OUTPUTS outputs. row: a row's links of outputs [begin, end), four bytes each.
-struct Link {
-    static constexpr int64_t OUTPUTS = 1;
-    using Values = Floats;
-    static Turn turn_for(const quire_weight &weight) { return QUIRE_ISA::turn_for(weight); }
-    static void row(const quire_weight &weight, int type, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
-        row_to_floats(type, dy, end - begin, to);
-        if (weight.scales && weight.form != QUIRE_INT4)
-            for (int64_t o = begin; o < end; o++) to[o - begin] *= weight.scales[o];
-    }
-    static INLINE Floats factor(const float *x) { return all(*x); }
-    static INLINE Floats add(Floats sum, Floats values, Floats factor) { return fma(factor, values, sum); }
-};
+// A row's links of outputs [begin, end), four bytes each.
+void row_of_links(const quire_weight &weight, int type, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
+    row_to_floats(type, dy, end - begin, to);
+    if (weight.scales && weight.form != QUIRE_INT4)
+        for (int64_t o = begin; o < end; o++) to[o - begin] *= weight.scales[o];
+}
 
 #else
 
@@ -128,22 +120,15 @@ void turn_pairs(const quire_weight &weight, int64_t panel_bytes, int64_t p, int6
     }
 }
 
-struct Link {
-    static constexpr int64_t OUTPUTS = 2;
-    using Values = Words;
-    static Turn turn_for(const quire_weight &) { return turn_pairs; }
-    static void row(const quire_weight &, int, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
-        for (; begin < end; begin += PANEL, dy += PANEL * 2, to += PANEL / 2) {
-            uint16_t half[PANEL] = {};
-            std::memcpy(half, dy, size_t(std::min<int64_t>(PANEL, end - begin)) * 2);
-            store(to, widen(load<Halves>(half)) | widen(load<Halves>(half + LANES)) << 16);
-        }
+Turn turn_for(const quire_weight &) { return turn_pairs; }
+
+void row_of_links(const quire_weight &, int, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
+    for (; begin < end; begin += PANEL, dy += PANEL * 2, to += PANEL / 2) {
+        uint16_t half[PANEL] = {};
+        std::memcpy(half, dy, size_t(std::min<int64_t>(PANEL, end - begin)) * 2);
+        store(to, widen(load<Halves>(half)) | widen(load<Halves>(half + LANES)) << 16);
     }
-    static INLINE Words factor(const float *x) { return bits<Words>(all_ints(load<int32_t>(x))); }
-    static INLINE Floats add(Floats sum, Words values, Words factor) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)factor);
-    }
-};
+}
 
 #endif
 
@@ -192,7 +177,7 @@ struct Chunk {
 };
 
 // Links of outputs, that a block of so many has.
-int64_t links_of(int64_t outputs) { return Link::OUTPUTS == 1 ? outputs : up(outputs, PANEL) / Link::OUTPUTS; }
+int64_t links_of(int64_t outputs) { return Link::NUMBERS == 1 ? outputs : up(outputs, PANEL) / Link::NUMBERS; }
 
 // Outputs [begin, end) of the chunk's rows of dy, times the outputs' scales, into x: tiles of [links][rows].
 void prepare(const Chunk &chunk, const quire_weight &weight, int type, const void *dy, int64_t stride, int64_t begin,
@@ -204,7 +189,7 @@ void prepare(const Chunk &chunk, const quire_weight &weight, int type, const voi
         float line[BLOCK_OUTPUTS];
         for (int r = 0; r < rows; r++) {
             const int64_t at = (chunk.first + chunk.start(t) + r) * stride + begin;
-            Link::row(weight, type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), begin, end, line);
+            row_of_links(weight, type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), begin, end, line);
             for (int64_t i = 0; i < links; i++) std::memcpy(to + i * rows + r, line + i, 4);
         }
     });
@@ -215,7 +200,7 @@ int linears_backward(int count, const quire_weight *const *weights, int dy_type,
     const int64_t inputs = weights[0]->inputs, panels = up(inputs, PANEL) / PANEL;
     std::vector<Turn> turns;
     for (int w = 0; w < count; w++) {
-        turns.push_back(Link::turn_for(*weights[w]));
+        turns.push_back(turn_for(*weights[w]));
         if (!turns.back() || weights[w]->inputs != inputs) return -1;
     }
     for (int one : {dy_type, type})
