@@ -68,7 +68,7 @@ template <int kind, int C, int A, int B> INLINE void dot() {
 }
 
 // What comes next, `lines` cache lines for each step.
-struct Ahead {
+struct Next {
     const uint8_t *from;
     int64_t lines;
     bool near;  // for the first-level cache
@@ -76,7 +76,7 @@ struct Ahead {
 
 // sums [32, 32] = or += rows times weights over `steps` steps.
 template <int kind, bool BOTH>
-void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add, Ahead ahead) {
+void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add, Next ahead) {
     constexpr int64_t LINE = PANEL * 4;  // of sums and of the weights
     auto c = static_cast<uint8_t *>(sums), lower = c + TILE_ROWS * LINE;
     if (add) {
@@ -107,7 +107,7 @@ void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, 
 
 template <int kind>
 void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add,
-              const Ahead &ahead) {
+              const Next &ahead) {
     tiles.shape(rows, int(x.bytes));
     (rows > TILE_ROWS ? multiply<kind, true> : multiply<kind, false>)(steps, x, a, b, sums, add, ahead);
 }
@@ -227,7 +227,7 @@ template <class Values> struct Dense {
         return room;
     }
     void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Ahead &ahead) const {
+             const Next &ahead) const {
         multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
@@ -280,12 +280,12 @@ struct Int8 {
         return room;
     }
     void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Ahead &ahead) const {
+             const Next &ahead) const {
         multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales + p * PANEL;
-        finish_rows(product, w, p, row, rows, [&](int r, int o) {  // as add_group
+        finish_rows(product, w, p, row, rows, [&](int r, int o) {  // as worth()
             const Ints exact = load<Ints>(sums + r * PANEL + o) - all_ints(128) * x.sums[row + r];
             return Floats{} + to_float(exact) * (all(x.scales[row + r]) * load<Floats>(scales + o));
         });
@@ -323,10 +323,10 @@ struct Int4 {
         return room;
     }
     void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Ahead &ahead) const {
+             const Next &ahead) const {
         alignas(64) int32_t exact[BAND * PANEL];
         if (step == 0) std::fill(sums, sums + rows * PANEL, 0.0f);
-        Ahead next = ahead;
+        Next next = ahead;
         for (int64_t s = step; s < step + steps; s += unit(), b += unit() * bytes * PANEL) {
             multiply<kind>(tiles, rows, unit(), x, x.step(band, s), b, exact, false, next);
             next.from += unit() * next.lines * 64;
@@ -381,7 +381,7 @@ template <class Form> void run(const Product &product) {
                     for (int64_t g = 0; g < width; g++) {
                         const bool more = step + count < steps;
                         const uint8_t *next = more ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
-                        const Ahead ahead = {next + (band - first) * count * lines * 64, lines, !many};
+                        const Next ahead = {next + (band - first) * count * lines * 64, lines, !many};
                         form.add(tiles, w, p + g, band, rows(band), step, count, b[g], place(band, g), ahead);
                     }
             }

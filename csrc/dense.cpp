@@ -18,7 +18,7 @@ namespace {
 // Inputs of a block, between two store-aways: tiles pass over it one after the other, from the second-level cache where one
 // pass takes the whole panel, else from the first-level one.
 constexpr int64_t BLOCK_INPUTS = LANES == 16 ? 1024 : 256;
-constexpr int AHEAD = 2048;  // bytes between a read and its prefetch, for each of two panels
+constexpr int64_t AHEAD = 2048;  // bytes between a read and its prefetch, for each of two panels
 
 // ---- links of rows and panels ------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ template <int type> struct Pairs {
 // x: [links, ROWS]. acc: [ROWS, PANELS * 32], read and written. Panels lie panel_bytes apart. A pass takes as many of a panel's
 // vectors as the registers hold sums for; where it takes two, the second finds its links in the first-level cache.
 template <class Weights, int ROWS, int PANELS>
-void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, float *acc) {
+void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, Ahead ahead, float *acc) {
     constexpr int PASS = pass_for(ROWS), SIDE = PASS / 2, TOGETHER = PANELS * PASS;
     const int64_t step = PASS == PARTS ? links : std::min(links, BLOCK_INPUTS / Link::NUMBERS);
     for (int64_t begin = 0; begin < links; begin += step)
@@ -131,8 +131,7 @@ void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, 
                 Link::Values values[TOGETHER];
                 for (int p = 0; p < PANELS; p++) {
                     const uint8_t *from = w + p * panel_bytes + i * Weights::BYTES;
-                    if (first == 0)
-                        for (int64_t line = 0; line < Weights::BYTES; line += 64) __builtin_prefetch(from + AHEAD + line);
+                    if (first == 0) Ahead{ahead.from + p * panel_bytes, ahead.step}.fetch(i, Weights::BYTES);
                     Weights::template read<SIDE>(from, first, values + p * PASS);
                 }
                 for (int r = 0; r < ROWS; r++) {
@@ -145,7 +144,7 @@ void tile(int64_t links, const float *x, const uint8_t *w, int64_t panel_bytes, 
         }
 }
 
-using Tile = void (*)(int64_t, const float *, const uint8_t *, int64_t, float *);
+using Tile = void (*)(int64_t, const float *, const uint8_t *, int64_t, Ahead, float *);
 
 // Few rows leave registers free: more panels at a time hide the latency of the chains.
 constexpr int panels_for(int rows) { return rows <= (LANES == 16 ? 3 : 1) ? 2 : 1; }
@@ -203,7 +202,8 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
             while (p < end) {
                 const int width = p + together <= end ? together : 1;
                 std::fill(acc, acc + rows * width * PANEL, 0.0f);
-                (width == 1 ? single : several)(links, x, data + p * panel_bytes, panel_bytes, acc);
+                const uint8_t *panel = data + p * panel_bytes;
+                (width == 1 ? single : several)(links, x, panel, panel_bytes, {panel + AHEAD, Weights::BYTES}, acc);
                 for (int r = 0; r < rows; r++)
                     for (int i = 0; i < width; i++) product.finish(w, r, p + i, acc + (r * width + i) * PANEL);
                 p += width;
@@ -222,11 +222,14 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
         for (int64_t begin = 0; begin < links; begin += BLOCK) {
             const int64_t count = std::min(BLOCK, links - begin);
             const uint8_t *part = data + begin * Weights::BYTES;
+            // The tiles share the reading of the next block, which lies behind this one.
+            Ahead ahead = {part + count * Weights::BYTES, Weights::BYTES / (last - first)};
             if constexpr (!std::is_same_v<Weights, Shared>) part = decoded(part, count * Link::NUMBERS);
             for (int64_t t = first; t < last; t++) {
                 const int rows = cut.rows(t);
                 const Tile pass = tile_for<Shared>(rows, 1);
-                pass(count, x + cut.start(t) * links + begin * rows, part, 0, acc + (cut.start(t) - row) * PANEL);
+                pass(count, x + cut.start(t) * links + begin * rows, part, 0, ahead, acc + (cut.start(t) - row) * PANEL);
+                ahead.from += count * ahead.step;
             }
         }
         for (int64_t r = row; r < cut.start(last); r++) product.finish(w, r, p, acc + (r - row) * PANEL);

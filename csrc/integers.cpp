@@ -7,8 +7,9 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int INTEGERS_AHEAD = 4096;  // bytes between a read and its prefetch
-constexpr int64_t RUN_QUADS = 128;    // 16 KiB of an 8-bit panel
+constexpr int64_t AHEAD = 4096;     // bytes between a read and its prefetch, where one tile reads
+constexpr int64_t RUN_QUADS = 128;  // 16 KiB of an 8-bit panel
+constexpr int64_t LINES = PANEL * 4;  // bytes of a panel for a step: four inputs of INT8, eight of INT4
 
 // x as integers, in tiles of rows, four inputs at a time (`Integers::spread`); scales and sums of the integers [row, groups].
 struct Quantized {
@@ -48,19 +49,20 @@ template <bool INT4> struct Integers {
 
     // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of the panel on.
     template <int ROWS, int PASS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ints (&sums)[ROWS][PASS]) {
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead, Ints (&sums)[ROWS][PASS]) {
         if constexpr (INT4)
-            add_nibbles(quads, x, w, first, sums);
+            add_nibbles(quads, x, w, first, ahead, sums);
         else
-            add_bytes(quads, x, w, first, sums);
+            add_bytes(quads, x, w, first, ahead, sums);
     }
 
   private:
     template <int ROWS, int PASS>
-    static INLINE void add_bytes(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ints (&sums)[ROWS][PASS]) {
+    static INLINE void add_bytes(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead,
+                                 Ints (&sums)[ROWS][PASS]) {
         for (int64_t i = 0; i < quads; i++, x += ROWS * 8) {
-            const uint8_t *from = w + i * (PANEL * 4);
-            if (first == 0) __builtin_prefetch(from + INTEGERS_AHEAD), __builtin_prefetch(from + INTEGERS_AHEAD + 64);
+            const uint8_t *from = w + i * LINES;
+            if (first == 0) ahead.fetch(i, LINES);
             for (int parity = 0; parity < 2; parity++) {
                 __m256i values[PASS];
                 for (int v = 0; v < PASS; v++) {
@@ -75,15 +77,16 @@ template <bool INT4> struct Integers {
         }
     }
     template <int ROWS, int PASS>
-    static INLINE void add_nibbles(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ints (&sums)[ROWS][PASS]) {
+    static INLINE void add_nibbles(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead,
+                                   Ints (&sums)[ROWS][PASS]) {
         constexpr int64_t FITTING = 4;  // eights of inputs; a group is a multiple
         for (int64_t begin = 0; begin < quads / 2; begin += FITTING) {
             __m256i narrow[ROWS][PASS];
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < PASS; v++) narrow[r][v] = _mm256_setzero_si256();
             for (int64_t i = begin; i < begin + FITTING; i++) {
-                const uint8_t *from = w + i * (PANEL * 4);
-                if (first == 0) __builtin_prefetch(from + INTEGERS_AHEAD), __builtin_prefetch(from + INTEGERS_AHEAD + 64);
+                const uint8_t *from = w + i * LINES;
+                if (first == 0) ahead.fetch(i, LINES);
                 for (int half = 0; half < 2; half++) {
                     __m256i values[PASS];
                     for (int v = 0; v < PASS; v++) {
@@ -114,12 +117,12 @@ template <bool INT4> struct Integers {
     static INLINE void spread(const int8_t *four, int row, int, uint8_t *to) { std::memcpy(to + row * 4, four, 4); }
 
     template <int ROWS, int PASS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ints (&sums)[ROWS][PASS]) {
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead, Ints (&sums)[ROWS][PASS]) {
         constexpr int STEP = INT4 ? 2 : 1;
         for (int64_t i = 0; i < quads; i += STEP) {
             Words values[STEP][PASS];
-            const uint8_t *from = w + i / STEP * (PANEL * 4);
-            if (first == 0) __builtin_prefetch(from + INTEGERS_AHEAD), __builtin_prefetch(from + INTEGERS_AHEAD + 64);
+            const uint8_t *from = w + i / STEP * LINES;
+            if (first == 0) ahead.fetch(i / STEP, LINES);
             for (int v = 0; v < PASS; v++) {
                 Words word = load<Words>(from + (first + v) * LANES * 4);
                 if (INT4) {
@@ -168,20 +171,42 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
     return out;
 }
 
-// acc [ROWS][32] += products of `quads` times four inputs.
-template <bool INT4, int ROWS> void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, int32_t *acc) {
+// What makes floats of a group's integers: scales and sums of a tile's rows, `stride` apart, and the panel's scales and zeros.
+struct Group {
+    const float *row_scales;
+    const int32_t *row_sums;
+    int64_t stride;
+    const float *scales;
+    const uint8_t *zeros;
+};
+
+// Products of `quads` times four inputs, added to acc [ROWS][32] where there is something; at a group's end sums [ROWS][32] +=
+// what they are worth.
+template <bool INT4, int ROWS>
+void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead, bool begun, const Group *group, int32_t *acc,
+                  float *sums) {
     constexpr int PASS = pass_for(ROWS);
     for (int first = 0; first < PARTS; first += PASS) {
-        Ints sums[ROWS][PASS];
+        Ints totals[ROWS][PASS];
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < PASS; v++) sums[r][v] = load<Ints>(acc + r * PANEL + (first + v) * LANES);
-        Integers<INT4>::add(quads, x, w, first, sums);
+            for (int v = 0; v < PASS; v++) totals[r][v] = begun ? load<Ints>(acc + r * PANEL + (first + v) * LANES) : Ints{};
+        Integers<INT4>::add(quads, x, w, first, ahead, totals);
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < PASS; v++) store(acc + r * PANEL + (first + v) * LANES, sums[r][v]);
+            for (int v = 0; v < PASS; v++) {
+                const int at = (first + v) * LANES;
+                if (!group) {
+                    store(acc + r * PANEL + at, totals[r][v]);
+                    continue;
+                }
+                float *to = sums + r * PANEL + at;
+                const Floats part = worth<INT4>(totals[r][v], group->row_sums[r * group->stride], group->row_scales[r * group->stride],
+                                                INT4 ? group->zeros + at : nullptr, group->scales + at);
+                store(to, load<Floats>(to) + part);
+            }
     }
 }
 
-using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, int32_t *);
+using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, Ahead, bool, const Group *, int32_t *, float *);
 
 template <bool INT4> IntegerTile integer_tile_for(int rows) {
 #define ONE(n)                        \
@@ -211,22 +236,21 @@ template <bool INT4> void multiply(const Product &product) {
         for (; p < end; p++) {
             const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * quads * quad_bytes;
             std::fill(sums, sums + rows * PANEL, 0.0f);
-            std::fill(acc, acc + rows * PANEL, 0);
             for (int64_t begin = 0; begin < quads; begin += run) {
                 const int64_t count = std::min(run, quads - begin), g = INT4 ? begin / run : 0;
+                const uint8_t *part = panel + begin * quad_bytes;
+                // Several tiles share the reading of the next run, which lies behind this one.
+                Ahead ahead = {part + (few ? AHEAD : count * quad_bytes), LINES / (last - first)};
                 for (int64_t t = first; t < last; t++) {
+                    const int64_t at = cut.start(t) * x.groups + g, place = (cut.start(t) - row) * PANEL;
+                    const Group group = {x.scales + at, x.sums + at, x.groups, weight.scales + g * width + p * PANEL,
+                                         INT4 ? weight.zeros + g * width + p * PANEL : nullptr};
+                    const bool ends = INT4 || begin + count == quads;
                     const uint8_t *values = x.values + (cut.start(t) * quads + begin * cut.rows(t)) * Integers<INT4>::BYTES;
-                    integer_tile_for<INT4>(cut.rows(t))(count, values, panel + begin * quad_bytes,
-                                                        acc + (cut.start(t) - row) * PANEL);
+                    integer_tile_for<INT4>(cut.rows(t))(count, values, part, ahead, !INT4 && begin > 0, ends ? &group : nullptr,
+                                                        acc + place, sums + place);
+                    ahead.from += count * quad_bytes / LINES * ahead.step;
                 }
-                if (!INT4 && begin + count < quads) continue;
-                const float *scales = weight.scales + g * width + p * PANEL;
-                const uint8_t *zeros = INT4 ? weight.zeros + g * width + p * PANEL : nullptr;
-                for (int64_t r = 0; r < rows; r++) {
-                    const int64_t at = (row + r) * x.groups + g;
-                    add_group<INT4>(acc + r * PANEL, x.sums[at], x.scales[at], zeros, scales, sums + r * PANEL);
-                }
-                std::fill(acc, acc + rows * PANEL, 0);
             }
             for (int64_t r = 0; r < rows; r++) product.finish(w, row + r, p, sums + r * PANEL);
         }

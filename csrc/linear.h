@@ -19,6 +19,15 @@ struct Cut {
 
 constexpr int64_t BLOCK_TILES = 8;  // that pass over a block of a panel one after the other
 
+// What memory brings while a tile is computed: from where on, and how many bytes for each step that the tile takes.
+struct Ahead {
+    const uint8_t *from;
+    int64_t step;
+    INLINE void fetch(int64_t i, int64_t bytes) const {
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + i * step + line);
+    }
+};
+
 // Whether all weights have what a product takes from the first one.
 inline bool alike(int count, const quire_weight *const *weights) {
     const quire_weight &first = *weights[0];

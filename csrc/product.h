@@ -124,14 +124,12 @@ inline void quantize_row(const float *x, int64_t count, int8_t *out, float *scal
     *scale = s;
 }
 
-// sums[o] += (acc[o] - zeros[o] * sum) * (scale * scales[o]) for one row and panel.
+// What products of LANES outputs with a row are worth: (total - zeros * sum) * (scale * scales), sum and scale the row's. zeros
+// are those of INT4; INT8's are 128.
 template <bool INT4>
-INLINE void add_group(const int32_t *acc, int32_t sum, float scale, const uint8_t *zeros, const float *scales, float *sums) {
-    for (int o = 0; o < PANEL; o += LANES) {
-        Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros + o))) : all_ints(128);
-        Floats part = to_float(load<Ints>(acc + o) - zero * sum) * (all(scale) * load<Floats>(scales + o));
-        store(sums + o, load<Floats>(sums + o) + part);
-    }
+INLINE Floats worth(Ints total, int32_t sum, float scale, const uint8_t *zeros, const float *scales) {
+    const Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros))) : all_ints(128);
+    return to_float(total - zero * sum) * (all(scale) * load<Floats>(scales));
 }
 
 }  // namespace QUIRE_ISA
