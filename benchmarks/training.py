@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import statistics
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import random_model
+from benchmarks import ENVIRONMENT, random_model
 from benchmarks.peers import PEERS, tcmalloc
 from benchmarks.physical import multiply_rate
 from benchmarks.record import Outcome
@@ -116,7 +115,7 @@ def _peers(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def _child(words: list[str], preload: Path | None = None, limit: float | None = None) -> dict[str, Any]:
     """The last line that a process of its own prints, as JSON; unfinished: the seconds after which it was ended."""
-    environment = {**os.environ, **({"LD_PRELOAD": str(preload)} if preload else {}), "HF_HUB_OFFLINE": "1"}
+    environment = {**ENVIRONMENT, **({"LD_PRELOAD": str(preload)} if preload else {}), "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True, timeout=limit)
     except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import quire  # noqa: F401, I001: before torch, whose threads it tells to sleep when they have nothing to do
 import torch
 
 from benchmarks.training import TEMPLATE

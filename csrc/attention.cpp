@@ -162,7 +162,7 @@ INLINE Halves rounded_exp(Floats x) {
     Floats p = fma(all(0.0550091f), r, all(0.242210984f));
     p = fma(fma(p, r, all(0.6932829f)), r, all(1.0f));
     const Floats out = bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
-    return (Halves)_mm512_cvtneps_pbh((__m512)out);  // denormal numbers become 0
+    return bf16_of_floats(out);  // denormal numbers become 0
 }
 #endif
 

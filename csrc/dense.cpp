@@ -186,11 +186,9 @@ template <class Weights, class Shared = Weights> void multiply(const Product &pr
         const int rows = cut.rows(t);
         float *to = x + cut.start(t) * links;
         if (rows == 1) return row_of_links(product, cut.start(t), to);
-        auto line = static_cast<float *>(quire::scratch(1, links * 4));
-        for (int r = 0; r < rows; r++) {
-            row_of_links(product, cut.start(t) + r, line);
-            for (int64_t i = 0; i < links; i++) std::memcpy(to + i * rows + r, line + i, 4);
-        }
+        auto lines = static_cast<float *>(quire::scratch(1, rows * links * 4));
+        for (int r = 0; r < rows; r++) row_of_links(product, cut.start(t) + r, lines + r * links);
+        interleave(lines, links * 4, rows, links, to);
     });
 
     if (cut.tiles == 1) {

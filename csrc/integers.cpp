@@ -11,7 +11,7 @@ constexpr int64_t AHEAD = 4096;     // bytes between a read and its prefetch, wh
 constexpr int64_t RUN_QUADS = 128;  // 16 KiB of an 8-bit panel
 constexpr int64_t LINES = PANEL * 4;  // bytes of a panel for a step: four inputs of INT8, eight of INT4
 
-// x as integers, in tiles of rows, four inputs at a time (`Integers::spread`); scales and sums of the integers [row, groups].
+// x as integers, in tiles of rows, four inputs at a time (`Integers::spread`: from lines to their places); scales and sums of the integers [row, groups].
 struct Quantized {
     uint8_t *values;
     float *scales;
@@ -38,13 +38,14 @@ INLINE void add_to(__m256i &sum, __m256i part) {
 template <bool INT4> struct Integers {
     static constexpr int64_t BYTES = INT4 ? 4 : 8;  // of four inputs of a row
 
-    static INLINE void spread(const int8_t *four, int row, int rows, uint8_t *to) {
-        if (INT4) {
-            std::memcpy(to + row * 4, four, 4);
-            return;
-        }
-        const int16_t pairs[2][2] = {{four[0], four[2]}, {four[1], four[3]}};
-        for (int parity = 0; parity < 2; parity++) std::memcpy(to + (parity * rows + row) * 4, pairs[parity], 4);
+    static void spread(const int8_t *lines, int64_t stride, int rows, int64_t quads, uint8_t *to) {
+        if (INT4) return interleave(lines, stride, rows, quads, to);
+        for (int64_t i = 0; i < quads; i++, to += rows * BYTES)
+            for (int r = 0; r < rows; r++) {
+                const int8_t *four = lines + r * stride + i * 4;
+                const int16_t pairs[2][2] = {{four[0], four[2]}, {four[1], four[3]}};
+                for (int parity = 0; parity < 2; parity++) std::memcpy(to + (parity * rows + r) * 4, pairs[parity], 4);
+            }
     }
 
     // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of the panel on.
@@ -114,7 +115,9 @@ template <bool INT4> struct Integers {
 template <bool INT4> struct Integers {
     static constexpr int64_t BYTES = 4;  // of four inputs of a row
 
-    static INLINE void spread(const int8_t *four, int row, int, uint8_t *to) { std::memcpy(to + row * 4, four, 4); }
+    static void spread(const int8_t *lines, int64_t stride, int rows, int64_t quads, uint8_t *to) {
+        interleave(lines, stride, rows, quads, to);
+    }
 
     template <int ROWS, int PASS>
     static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead, Ints (&sums)[ROWS][PASS]) {
@@ -155,18 +158,18 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
     quire::parallel(cut.tiles, [&](int64_t t) {
         const int rows = cut.rows(t);
         const int64_t whole = up(inputs, 16);
-        auto line = static_cast<float *>(quire::scratch(1, whole * 5));
-        auto bytes = reinterpret_cast<int8_t *>(line + whole);
+        auto line = static_cast<float *>(quire::scratch(1, whole * (4 + rows)));
+        auto lines = reinterpret_cast<int8_t *>(line + whole);
         std::fill(line + inputs, line + whole, 0.0f);
-        uint8_t *to = out.values + cut.start(t) * padded / 4 * BYTES;
         for (int r = 0; r < rows; r++) {
+            int8_t *bytes = lines + r * whole;
             const int64_t row = cut.start(t) + r;
             row_to_floats(product.type, product.row(row), inputs, line);
             for (int64_t g = 0; g < out.groups; g++)
                 quantize_row(line + g * group, std::min(group, inputs - g * group), bytes + g * group,
                              out.scales + row * out.groups + g, out.sums + row * out.groups + g);
-            for (int64_t i = 0; i < padded / 4; i++) Integers<INT4>::spread(bytes + i * 4, r, rows, to + i * rows * BYTES);
         }
+        Integers<INT4>::spread(lines, whole, rows, padded / 4, out.values + cut.start(t) * padded / 4 * BYTES);
     });
     return out;
 }

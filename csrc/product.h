@@ -2,6 +2,7 @@
 // width of a panel.
 #pragma once
 
+#include "functions.h"
 #include "panels.h"
 #include "pool.h"
 #include "quire.h"
@@ -48,6 +49,24 @@ inline void floats_to_row(int type, const float *source, int64_t count, void *ou
         store(to + i, type == QUIRE_BF16 ? bf16_of_floats(value) : f16_of_floats(value));
     }
     for (; i < count; i++) to[i] = type == QUIRE_BF16 ? to_bf16(source[i]) : to_f16(source[i]);
+}
+
+// Words [rows][count], rows `stride` bytes apart, into [count][rows]. At most MOST_ROWS rows.
+inline void interleave(const void *lines, int64_t stride, int rows, int64_t count, void *out) {
+    auto from = static_cast<const uint8_t *>(lines);
+    auto to = static_cast<uint8_t *>(out);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    static_assert(MOST_ROWS <= LANES);
+    for (; i + LANES <= count; i += LANES) {
+        Words words[LANES] = {};
+        for (int r = 0; r < rows; r++) words[r] = load<Words>(from + r * stride + i * 4);
+        transpose(words);
+        for (int j = 0; j < LANES; j++) store_some(to + (i + j) * rows * 4, rows * 4, words[j]);
+    }
+#endif
+    for (; i < count; i++)
+        for (int r = 0; r < rows; r++) std::memcpy(to + (i * rows + r) * 4, from + r * stride + i * 4, 4);
 }
 
 // ---- the call --------------------------------------------------------------------------------------------------------

@@ -186,12 +186,12 @@ void prepare(const Chunk &chunk, const quire_weight &weight, int type, const voi
     quire::parallel(chunk.tiles, [&](int64_t t) {
         const int rows = chunk.count(t);
         float *to = x + chunk.start(t) * links;
-        float line[BLOCK_OUTPUTS];
+        float lines[MOST_ROWS][BLOCK_OUTPUTS];
         for (int r = 0; r < rows; r++) {
             const int64_t at = (chunk.first + chunk.start(t) + r) * stride + begin;
-            row_of_links(weight, type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), begin, end, line);
-            for (int64_t i = 0; i < links; i++) std::memcpy(to + i * rows + r, line + i, 4);
+            row_of_links(weight, type, static_cast<const uint8_t *>(dy) + at * bytes_of(type), begin, end, lines[r]);
         }
+        interleave(lines, sizeof lines[0], rows, links, to);
     });
 }
 

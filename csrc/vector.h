@@ -183,10 +183,14 @@ INLINE Ints nearest(Floats v) {
 INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
 INLINE Floats floats_of_bf16(Halves v) { return bits<Floats>(widen(v) << 16); }
 INLINE Halves bf16_of_floats(Floats v) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);  // what is below the smallest normal number becomes 0
+#else
     Words u = bits<Words>(v);
     Words rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
     Words nan = (u >> 16) | 64;
     return narrow_to<Halves>((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+#endif
 }
 INLINE Floats floats_of_f16(Halves v) {
 #if defined(__AVX512F__)

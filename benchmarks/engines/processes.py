@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ENVIRONMENT
+
 GRACE_SECONDS, LEAST_GRACE = 15.0, 2.0
 MIB = 1024
 
@@ -56,7 +58,7 @@ class Running:
             self.process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**os.environ, **environment},
+                env={**ENVIRONMENT, **environment},
                 stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipes else file,
                 stderr=file,
