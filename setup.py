@@ -20,7 +20,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent / "csrc"
-KERNELS = ("linear", "dense", "integers", "rows", "attention", "lora", "transposed", "gradients", "attention_backward", "loss", "sampling")
+KERNELS = (
+    *("linear", "dense", "integers", "rows", "attention", "lora", "transposed"),
+    *("gradients", "attention_backward", "loss", "sampling"),
+)
 PLAIN = ("dispatch", "check", "pool", "replay")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: of its headers

@@ -10,7 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import quire  # noqa: F401, I001: before torch, whose threads it tells to sleep when they have nothing to do
+# Before torch, whose threads it tells to sleep when they have nothing to do.
+import quire  # noqa: F401  # isort: skip
 import torch
 
 from benchmarks.training import TEMPLATE
