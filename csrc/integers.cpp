@@ -7,7 +7,7 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int64_t AHEAD = 4096;     // bytes between a read and its prefetch, where one tile reads
+constexpr int64_t AHEAD = 4096;     // bytes between a read and its prefetch, where one tile reads, for each of its panels
 constexpr int64_t RUN_QUADS = 128;  // 16 KiB of an 8-bit panel
 constexpr int64_t LINES = PANEL * 4;  // bytes of a panel for a step: four inputs of INT8, eight of INT4
 
@@ -48,9 +48,11 @@ template <bool INT4> struct Integers {
             }
     }
 
-    // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of the panel on.
-    template <int ROWS, int PASS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead, Ints (&sums)[ROWS][PASS]) {
+    // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of a panel on; panels
+    // lie panel_bytes apart.
+    template <int PASS, int ROWS>
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t, int first, Ahead ahead,
+                           Ints (&sums)[ROWS][PASS]) {
         if constexpr (INT4)
             add_nibbles(quads, x, w, first, ahead, sums);
         else
@@ -119,15 +121,16 @@ template <bool INT4> struct Integers {
         interleave(lines, stride, rows, quads, to);
     }
 
-    template <int ROWS, int PASS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead, Ints (&sums)[ROWS][PASS]) {
+    template <int PASS, int ROWS, int SUMS>
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t panel_bytes, int first, Ahead ahead,
+                           Ints (&sums)[ROWS][SUMS]) {
         constexpr int STEP = INT4 ? 2 : 1;
         for (int64_t i = 0; i < quads; i += STEP) {
-            Words values[STEP][PASS];
-            const uint8_t *from = w + i / STEP * LINES;
-            if (first == 0) ahead.fetch(i / STEP, LINES);
-            for (int v = 0; v < PASS; v++) {
-                Words word = load<Words>(from + (first + v) * LANES * 4);
+            Words values[STEP][SUMS];
+            for (int v = 0; v < SUMS; v++) {
+                const int64_t panel = v / PASS * panel_bytes;
+                if (first == 0 && v % PASS == 0) Ahead{ahead.from + panel, ahead.step}.fetch(i / STEP, LINES);
+                Words word = load<Words>(w + panel + i / STEP * LINES + (first + v % PASS) * LANES * 4);
                 if (INT4) {
                     values[0][v] = word & 0x0f0f0f0fu;
                     values[STEP - 1][v] = word >> 4 & 0x0f0f0f0fu;
@@ -138,7 +141,7 @@ template <bool INT4> struct Integers {
             for (int s = 0; s < STEP; s++)
                 for (int r = 0; r < ROWS; r++) {
                     Ints one = all_ints(load<int32_t>(x + ((i + s) * ROWS + r) * 4));
-                    for (int v = 0; v < PASS; v++) sums[r][v] = dot4(sums[r][v], values[s][v], one);
+                    for (int v = 0; v < SUMS; v++) sums[r][v] = dot4(sums[r][v], values[s][v], one);
                 }
         }
     }
@@ -183,25 +186,26 @@ struct Group {
     const uint8_t *zeros;
 };
 
-// Products of `quads` times four inputs, added to acc [ROWS][32] where there is something; at a group's end sums [ROWS][32] +=
-// what they are worth.
-template <bool INT4, int ROWS>
-void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead, bool begun, const Group *group, int32_t *acc,
-                  float *sums) {
-    constexpr int PASS = pass_for(ROWS);
+// Products of `quads` times four inputs, added to acc [ROWS][PANELS * 32] where there is something; at a group's end sums, which
+// lie alike, += what they are worth.
+template <bool INT4, int ROWS, int PANELS>
+void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t panel_bytes, Ahead ahead, bool begun,
+                  const Group *group, int32_t *acc, float *sums) {
+    constexpr int PASS = pass_for(ROWS), SUMS = PANELS * PASS, WIDTH = PANELS * PANEL;
     for (int first = 0; first < PARTS; first += PASS) {
-        Ints totals[ROWS][PASS];
+        const auto place = [&](int v) { return v / PASS * PANEL + (first + v % PASS) * LANES; };
+        Ints totals[ROWS][SUMS];
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < PASS; v++) totals[r][v] = begun ? load<Ints>(acc + r * PANEL + (first + v) * LANES) : Ints{};
-        Integers<INT4>::add(quads, x, w, first, ahead, totals);
+            for (int v = 0; v < SUMS; v++) totals[r][v] = begun ? load<Ints>(acc + r * WIDTH + place(v)) : Ints{};
+        Integers<INT4>::template add<PASS>(quads, x, w, panel_bytes, first, ahead, totals);
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < PASS; v++) {
-                const int at = (first + v) * LANES;
+            for (int v = 0; v < SUMS; v++) {
+                const int at = place(v);
                 if (!group) {
-                    store(acc + r * PANEL + at, totals[r][v]);
+                    store(acc + r * WIDTH + at, totals[r][v]);
                     continue;
                 }
-                float *to = sums + r * PANEL + at;
+                float *to = sums + r * WIDTH + at;
                 const Floats part = worth<INT4>(totals[r][v], group->row_sums[r * group->stride], group->row_scales[r * group->stride],
                                                 INT4 ? group->zeros + at : nullptr, group->scales + at);
                 store(to, load<Floats>(to) + part);
@@ -209,12 +213,15 @@ void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead
     }
 }
 
-using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, Ahead, bool, const Group *, int32_t *, float *);
+using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, int64_t, Ahead, bool, const Group *, int32_t *, float *);
 
-template <bool INT4> IntegerTile integer_tile_for(int rows) {
+// Few rows: two panels at a time are two streams out of memory.
+constexpr int panels_for(int rows) { return LANES == 16 && rows <= 3 ? 2 : 1; }
+
+template <bool INT4> IntegerTile integer_tile_for(int rows, int panels) {
 #define ONE(n)                        \
     if constexpr (n <= MOST_ROWS)     \
-        if (rows == n) return integer_tile<INT4, n>;
+        if (rows == n) return panels == 1 ? integer_tile<INT4, n, 1> : integer_tile<INT4, n, panels_for(n)>;
     ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
 #undef ONE
     return nullptr;
@@ -229,6 +236,8 @@ template <bool INT4> void multiply(const Product &product) {
     const Quantized x = quantize<INT4>(product, cut, inputs, padded, group);
 
     const bool few = cut.tiles == 1;
+    const int together = few ? panels_for(int(product.rows)) : 1;
+    const int64_t panel_bytes = quads * quad_bytes;
     const int64_t row_blocks = (cut.tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     product.over_panels(row_blocks, few ? FEW_ROWS_TASKS : INT64_MAX, [&](int w, int64_t p, int64_t end, int64_t block) {
         const quire_weight &weight = *product.weights[w];
@@ -236,9 +245,10 @@ template <bool INT4> void multiply(const Product &product) {
         const int64_t row = cut.start(first), rows = cut.start(last) - row, width = product.panels(w) * PANEL;
         alignas(64) int32_t acc[BLOCK_TILES * MOST_ROWS * PANEL];
         alignas(64) float sums[BLOCK_TILES * MOST_ROWS * PANEL];
-        for (; p < end; p++) {
-            const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * quads * quad_bytes;
-            std::fill(sums, sums + rows * PANEL, 0.0f);
+        while (p < end) {
+            const int panels = p + together <= end ? together : 1;
+            const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
+            std::fill(sums, sums + rows * panels * PANEL, 0.0f);
             for (int64_t begin = 0; begin < quads; begin += run) {
                 const int64_t count = std::min(run, quads - begin), g = INT4 ? begin / run : 0;
                 const uint8_t *part = panel + begin * quad_bytes;
@@ -250,14 +260,16 @@ template <bool INT4> void multiply(const Product &product) {
                                          INT4 ? weight.zeros + g * width + p * PANEL : nullptr};
                     const bool ends = INT4 || begin + count == quads;
                     const uint8_t *values = x.values + (cut.start(t) * quads + begin * cut.rows(t)) * Integers<INT4>::BYTES;
-                    integer_tile_for<INT4>(cut.rows(t))(count, values, part, ahead, !INT4 && begin > 0, ends ? &group : nullptr,
-                                                        acc + place, sums + place);
+                    integer_tile_for<INT4>(cut.rows(t), panels)(count, values, part, panel_bytes, ahead, !INT4 && begin > 0,
+                                                                ends ? &group : nullptr, acc + place, sums + place);
                     ahead.from += count * quad_bytes / LINES * ahead.step;
                 }
             }
-            for (int64_t r = 0; r < rows; r++) product.finish(w, row + r, p, sums + r * PANEL);
+            for (int64_t r = 0; r < rows; r++)
+                for (int i = 0; i < panels; i++) product.finish(w, row + r, p + i, sums + (r * panels + i) * PANEL);
+            p += panels;
         }
-    });
+    }, together);
 }
 
 }  // namespace
