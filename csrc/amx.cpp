@@ -3,7 +3,7 @@
 // The panels are linear.cpp's, so a weight may be packed before the instruction set is chosen. A step is what one tile takes:
 // 32 inputs in bfloat16, 64 (or 32) in bytes. INT8's panels are loaded as they lie; the others are turned into tiles a block
 // of steps at a time, bfloat16 by pairing the inputs, FP8 and INT4 by decoding. Every output adds its steps in ascending order;
-// where it is put aside between two blocks it is stored whole. Integers are exact and scaled as linear.cpp scales them, so
+// where it is put aside between two blocks it is stored whole. Integers are exact and scaled as integers.cpp scales them, so
 // they give its bits; bfloat16 does not, as a step's pairs are summed inside the tile.
 //
 // What has no tiles (float32 and float16, of x or of weights) goes to the next instruction set.

@@ -2,7 +2,7 @@
 // that it reads, so that training needs no second copy of a weight.
 //
 // For 32 inputs at a time a block of outputs is decoded to float32 and turned, [output][32 inputs], in memory of the thread;
-// tiles of rows pass over it as they pass over a panel in linear.cpp. Each sum is one chain over the outputs in ascending
+// tiles of rows pass over it as they pass over a panel in dense.cpp. Each sum is one chain over the outputs in ascending
 // order, over one weight after the other; between blocks it is stored whole. Rows are taken in chunks, so that what is put
 // aside stays small. A quantized weight counts as the numbers that it stands for, and rows as they are: rounding them, as the
 // forward product does, has no gradient.

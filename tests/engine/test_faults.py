@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ def engine(tiny_llama: Path):
     made = AsyncEngine.from_config(EngineConfig(str(tiny_llama), max_model_len=256, num_gpu_blocks_override=64))
     yield made
     made.shutdown()
+
+
+@pytest.fixture
+def slow(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take so long that a request of some tokens is still running after a moment."""
+    schedule = engine._engine.scheduler.schedule
+
+    def slowly():
+        time.sleep(0.005)
+        return schedule()
+
+    monkeypatch.setattr(engine._engine.scheduler, "schedule", slowly)
 
 
 async def run(engine: AsyncEngine, prompt: list[int], name: str, params: SamplingParams = PARAMS) -> RequestOutput:
@@ -91,6 +104,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine: AsyncEng
     assert at_baseline(engine)
 
 
+@pytest.mark.usefixtures("slow")
 def test_invalid_requests_raise_before_anything_is_queued(engine: AsyncEngine) -> None:
     async def scenario() -> None:
         with pytest.raises(InvalidRequest, match="outside the vocabulary"):
@@ -136,6 +150,7 @@ def test_a_storm_of_aborts_and_vanished_readers_leaves_nothing(engine: AsyncEngi
     assert at_baseline(engine)
 
 
+@pytest.mark.usefixtures("slow")
 def test_after_shutdown_readers_are_told(engine: AsyncEngine) -> None:
     async def scenario() -> None:
         running = asyncio.create_task(run(engine, [5, 6], "running", PARAMS.clone(max_tokens=250)))
@@ -150,6 +165,7 @@ def test_after_shutdown_readers_are_told(engine: AsyncEngine) -> None:
     assert not engine.heartbeat().alive
 
 
+@pytest.mark.usefixtures("slow")
 def test_an_engine_thread_that_dies_tells_everyone(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("scheduler broke")

@@ -12,7 +12,8 @@ from tests.server.test_fine_tuning import client_of, messages, start, supervised
 
 def test_a_stopped_job_goes_on_to_the_same_bytes(trainer_engine: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"data_dir": str(tmp_path), "served_model_name": ("tiny",)}
-    method = supervised(n_epochs=8, batch_size=4)
+    epochs = 40  # so many steps that it is still training when it is told to stop
+    method = supervised(n_epochs=epochs, batch_size=4)
     with RunningServer(trainer_engine, **options) as running:
         client = client_of(running)
         straight = until(client, start(client, method=method, seed=9))
@@ -33,7 +34,7 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(trainer_engine: Any, tmp_path: 
         assert "The server was restarted; the job goes on from its last checkpoint" in told
         assert f"Fine-tuning job goes on after step {max(kept)}" in told
         steps = [text.split("/")[0] for text in told if text.startswith("Step ")]
-        assert steps == [f"Step {number}" for number in range(1, 25)], "each step is told once"
+        assert steps == [f"Step {number}" for number in range(1, 3 * epochs + 1)], "each step is told once"
         assert weights(running, done) == weights(running, straight)
         assert until(client, waiting).status == "succeeded", "who waited in the line still does"
         running.application.fine_tuning.close()
