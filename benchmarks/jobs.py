@@ -71,7 +71,7 @@ def _measure(engine: Any, place: Path, options: argparse.Namespace) -> Outcome:
 
 
 def _beside_a_job(engine: Any, folder: Path, budget: float, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    house = FineTuning(folder, latency_budget=budget, most_training=1, most_unfinished=10)
+    house = FineTuning(folder, latency_budget=budget, most_training=1, most_unfinished=10, most_bytes=1 << 30)
     house.attach(engine, ("base",))
     trainer = house._trainer
     assert trainer is not None
