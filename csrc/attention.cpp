@@ -114,13 +114,7 @@ struct Products {
 };
 
 Products products_for(int rows) {
-    static_assert(MOST_ROWS <= 12);
-#define ONE(n)                    \
-    if constexpr (n <= MOST_ROWS) \
-        if (rows == n) return {score<n>, mix<n>};
-    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
-#undef ONE
-    return {};
+    return for_rows(rows, [](auto n) -> Products { return {score<n()>, mix<n()>}; });
 }
 
 // ---- a row's weights of a span ---------------------------------------------------------------------------------------

@@ -150,13 +150,9 @@ using Tile = void (*)(int64_t, const float *, const uint8_t *, int64_t, Ahead, f
 constexpr int panels_for(int rows) { return rows <= (LANES == 16 ? 3 : 1) ? 2 : 1; }
 
 template <class Weights> Tile tile_for(int rows, int panels) {
-    static_assert(MOST_ROWS <= 12);
-#define ONE(n)                                                                                            \
-    if constexpr (n <= MOST_ROWS)                                                                         \
-        if (rows == n) return panels == 1 ? tile<Weights, n, 1> : tile<Weights, n, panels_for(n)>;
-    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
-#undef ONE
-    return nullptr;
+    return for_rows(rows, [&](auto n) -> Tile {
+        return panels == 1 ? tile<Weights, n(), 1> : tile<Weights, n(), panels_for(n())>;
+    });
 }
 
 // ---- dense -----------------------------------------------------------------------------------------------------------

@@ -219,12 +219,9 @@ using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, int64_t,
 constexpr int panels_for(int rows) { return LANES == 16 && rows <= 3 ? 2 : 1; }
 
 template <bool INT4> IntegerTile integer_tile_for(int rows, int panels) {
-#define ONE(n)                        \
-    if constexpr (n <= MOST_ROWS)     \
-        if (rows == n) return panels == 1 ? integer_tile<INT4, n, 1> : integer_tile<INT4, n, panels_for(n)>;
-    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
-#undef ONE
-    return nullptr;
+    return for_rows(rows, [&](auto n) -> IntegerTile {
+        return panels == 1 ? integer_tile<INT4, n(), 1> : integer_tile<INT4, n(), panels_for(n())>;
+    });
 }
 
 // A panel is taken in runs of inputs that stay in the first-level cache while tiles of rows pass: INT4's are its groups.

@@ -3,6 +3,8 @@
 
 #include "vector.h"
 
+#include <type_traits>
+
 namespace QUIRE_ISA {
 
 constexpr int PANEL = 32;             // columns: outputs of a weight, keys or dimensions of a span
@@ -18,5 +20,12 @@ constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;
 constexpr int MOST_ROWS = 6, MOST_VECTORS = 2;
 #endif
 constexpr int pass_for(int rows) { return rows <= 2 ? PARTS : MOST_VECTORS; }
+
+// choose() of the number of rows as a constant, 1 to MOST_ROWS: there is a kernel for each.
+template <int N = 1, class Choose> auto for_rows(int rows, const Choose &choose) {
+    if constexpr (N < MOST_ROWS)
+        if (rows != N) return for_rows<N + 1>(rows, choose);
+    return choose(std::integral_constant<int, N>());
+}
 
 }  // namespace QUIRE_ISA

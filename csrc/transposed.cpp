@@ -157,13 +157,7 @@ template <int ROWS> void tile(int64_t links, const float *x, const float *w, flo
 using Tile = void (*)(int64_t, const float *, const float *, float *);
 
 Tile tile_for(int rows) {
-    static_assert(MOST_ROWS <= 12);
-#define ONE(n)                    \
-    if constexpr (n <= MOST_ROWS) \
-        if (rows == n) return tile<n>;
-    ONE(1) ONE(2) ONE(3) ONE(4) ONE(5) ONE(6) ONE(7) ONE(8) ONE(9) ONE(10) ONE(11) ONE(12)
-#undef ONE
-    return nullptr;
+    return for_rows(rows, [](auto n) -> Tile { return tile<n()>; });
 }
 
 // ---- the call ------------------------------------------------------------------------------------------------------------
