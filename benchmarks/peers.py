@@ -146,7 +146,7 @@ def _trl(folder: Path, jobs: int) -> None:
 
 
 def _unsloth(folder: Path, jobs: int) -> None:
-    """On top of TRL's versions and without its own dependencies, which are for GPUs: pip resolves those for hours."""
+    """Beside TRL's versions, without its own dependencies: they are for GPUs, and half an hour is not enough to resolve them."""
     del jobs
     pip = _environment(folder, "unsloth")
     _call(pip, "install", "-c", _constraints(folder), *UNSLOTH_NEEDS)

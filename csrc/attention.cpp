@@ -10,11 +10,12 @@
 // so that lanes are keys, values as they lie, so that lanes are dimensions. Then its rows pass over it in tiles, as rows pass
 // over a panel of a weight in dense.cpp. What lies past a sequence's end is never read.
 //
-// Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows and caches of what bfloat16 holds:
-// a chain takes two dimensions or two keys at once, a score is scaled when it is complete, and weights are rounded to
+// Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows and caches of what bfloat16
+// holds: a chain takes two dimensions or two keys at once, a score is scaled when it is complete, and weights are rounded to
 // bfloat16 before they are summed and multiply the values.
 //
-// Scales of a quantized cache: q is multiplied by `scale`, then by the keys' scale; the finished output by the values'.
+// Scales of a quantized cache: q (or the score) is multiplied by `scale` and by the keys' scale; the finished output by the
+// values'.
 #include "functions.h"
 #include "kernels.h"
 #include "pool.h"
@@ -35,8 +36,8 @@ INLINE Floats scaled(Floats score, float scale) { return PAIRS ? score * scale :
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
-// sums[r][p][v] is one chain over links i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel, of which
-// EACH vectors are read.
+// sums[r][p][v] is one chain over links i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel,
+// of which EACH vectors are read.
 template <int ROWS, int PANELS, int EACH, int WIDTH, int STEP, int ROW>
 INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * EACH]) {
     for (int64_t i = 0; i < count; i++) {
@@ -409,16 +410,25 @@ bool sound(const quire_attention &call) {
     return true;
 }
 
+// Whether links hold the numbers of such rows and such a cache.
+constexpr bool links_hold(int type, int cached) {
+    return !PAIRS || (type == QUIRE_BF16 && cached != QUIRE_F32 && cached != QUIRE_F16);
+}
+
 int attend_all(const quire_attention *call) {
     if (!sound(*call)) return -1;
     Formats formats;
     const int typed = with_type(call->type, [&](auto t) {
-        formats.read_query = read_query<decltype(t)::value>;
-        formats.write_output = write_output<decltype(t)::value>;
+        if constexpr (links_hold(decltype(t)::value, QUIRE_BF16)) {
+            formats.read_query = read_query<decltype(t)::value>;
+            formats.write_output = write_output<decltype(t)::value>;
+        }
     });
     const int cached = with_cache_type(call->kv.type, [&](auto c) {
-        formats.decode_keys = decode_keys<decltype(c)::value>;
-        formats.decode_values = decode_values<decltype(c)::value>;
+        if constexpr (links_hold(QUIRE_BF16, decltype(c)::value)) {
+            formats.decode_keys = decode_keys<decltype(c)::value>;
+            formats.decode_values = decode_values<decltype(c)::value>;
+        }
     });
     if (typed || cached) return -1;
     const Plan plan(*call, quire::threads());
@@ -430,8 +440,7 @@ int attend_all(const quire_attention *call) {
 decltype(quire::Kernels::attend) others;
 
 int attend_in_pairs(const quire_attention *call) {
-    const bool held = call->kv.type != QUIRE_F32 && call->kv.type != QUIRE_F16;
-    return (call->type == QUIRE_BF16 && held && call->kv.size % 2 == 0 ? attend_all : others)(call);
+    return (links_hold(call->type, call->kv.type) && call->kv.size % 2 == 0 ? attend_all : others)(call);
 }
 #endif
 

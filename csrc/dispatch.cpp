@@ -28,8 +28,8 @@ struct Isas {
     })
 
 #if defined(__x86_64__)
-// Beside AVX-512, whose kernels do all but products of bfloat16 rows. The instruction is worth two of AVX-512's on AMD's processors;
-// on Intel's it is worth what they are, and is there to be asked for.
+// Beside AVX-512, whose kernels do all but what is bfloat16 on both sides. The instruction is worth two of AVX-512's on AMD's
+// processors; on Intel's it is worth what they are, and is there to be asked for.
 void add_pairs([[maybe_unused]] Isas &found) {
 #if defined(QUIRE_BF16_PAIRS)
     if (!__builtin_cpu_supports("avx512bf16")) return;

@@ -7,11 +7,12 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int64_t AHEAD = 4096;     // bytes between a read and its prefetch, where one tile reads, for each of its panels
-constexpr int64_t RUN_QUADS = 128;  // 16 KiB of an 8-bit panel
+constexpr int64_t AHEAD = 4096;       // bytes between a read and its prefetch, where one tile reads, for each of its panels
+constexpr int64_t RUN_QUADS = 128;    // 16 KiB of an 8-bit panel
 constexpr int64_t LINES = PANEL * 4;  // bytes of a panel for a step: four inputs of INT8, eight of INT4
 
-// x as integers, in tiles of rows, four inputs at a time (`Integers::spread`: from lines to their places); scales and sums of the integers [row, groups].
+// x as integers, in tiles of rows, four inputs at a time (`Integers::spread`: from lines to their places); scales and sums of
+// the integers [row, groups].
 struct Quantized {
     uint8_t *values;
     float *scales;
@@ -206,7 +207,8 @@ void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t pan
                     continue;
                 }
                 float *to = sums + r * WIDTH + at;
-                const Floats part = worth<INT4>(totals[r][v], group->row_sums[r * group->stride], group->row_scales[r * group->stride],
+                const int64_t row = r * group->stride;
+                const Floats part = worth<INT4>(totals[r][v], group->row_sums[row], group->row_scales[row],
                                                 INT4 ? group->zeros + at : nullptr, group->scales + at);
                 store(to, load<Floats>(to) + part);
             }

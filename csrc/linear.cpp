@@ -11,8 +11,7 @@ namespace {
 
 int linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
             const void *const *biases, void *const *ys, const int64_t *y_strides) {
-    if (type != QUIRE_F32 && type != QUIRE_BF16 && type != QUIRE_F16) return -1;
-    if (!alike(count, weights)) return -1;
+    if (!fits(type, count, weights)) return -1;
     if (rows == 0) return 0;
     const Product product{count, weights, type, rows, static_cast<const uint8_t *>(x), x_stride, biases, ys, y_strides};
     if (weights[0]->form == QUIRE_DENSE) return multiply_dense(product) ? 0 : -1;

@@ -1,4 +1,5 @@
-// What the ways of multiplying by a packed weight share: how rows are cut into tiles, and how one way stands in front of another.
+// What the ways of multiplying by a packed weight share: how rows are cut into tiles, what memory brings meanwhile, and how one
+// way stands in front of another.
 #pragma once
 
 #include "kernels.h"
@@ -28,9 +29,10 @@ struct Ahead {
     }
 };
 
-// Whether all weights have what a product takes from the first one.
-inline bool alike(int count, const quire_weight *const *weights) {
+// Whether rows may be of this type, and all weights have what a product takes from the first one.
+inline bool fits(int type, int count, const quire_weight *const *weights) {
     const quire_weight &first = *weights[0];
+    if (type != QUIRE_F32 && type != QUIRE_BF16 && type != QUIRE_F16) return false;
     for (int w = 1; w < count; w++)
         if (weights[w]->form != first.form || weights[w]->type != first.type || weights[w]->inputs != first.inputs ||
             weights[w]->group_size != first.group_size)
@@ -48,7 +50,7 @@ template <bool (*multiply)(const Product &)> struct InFront {
 
     static int linears(int count, const quire_weight *const *weights, int type, int64_t rows, const void *x, int64_t x_stride,
                        const void *const *biases, void *const *ys, const int64_t *y_strides) {
-        if (rows > 0 && weights[0]->inputs > 0 && alike(count, weights)) {
+        if (rows > 0 && weights[0]->inputs > 0 && fits(type, count, weights)) {
             const Product product{count, weights, type, rows, static_cast<const uint8_t *>(x), x_stride, biases, ys, y_strides};
             if (multiply(product)) return 0;
         }

@@ -22,8 +22,8 @@ enum quire_type { QUIRE_F32 = 0, QUIRE_BF16 = 1, QUIRE_F16 = 2, QUIRE_E4M3 = 3, 
 
 int quire_version(void);
 
-/* The instruction set in use ("amx", "avx512_bf16", "avx512", "avx2", "neon", "generic"), and those that this machine can run, by commas,
- * the best first. "amx-emulated" comes last and is for tests: AMX's way in plain C++. */
+/* The instruction set in use ("amx", "avx512_bf16", "avx512", "avx2", "neon", "generic"), and those that this machine can run,
+ * by commas, the best first. "amx-emulated" comes last and is for tests: AMX's way in plain C++. */
 const char *quire_isa(void);
 const char *quire_isas(void);
 /* Use another one of them. Weights packed before stay valid. */

@@ -1,5 +1,5 @@
 // A span of a cache as attention.cpp reads it: links (link.h) of dimensions of keys, so that lanes are keys, and links of
-// keys of values, so that lanes are dimensions. Knows every type that a cache may have, and nothing of sequences or of attention.
+// keys of values, so that lanes are dimensions. Knows every type that a cache may have, nothing of sequences or of attention.
 #pragma once
 
 #include "functions.h"
@@ -54,8 +54,8 @@ void decode_keys(const uint8_t *const *rows, const uint8_t *const *ahead, int be
 // Dimensions of the panel that begins at d: 32, or 16 where no more are left.
 INLINE int panel_width(int64_t size, int64_t d) { return size - d > 16 ? PANEL : 16; }
 
-// Values [begin, end), both multiples of a link's keys, into [panel of dimensions][links of 128][width of the panel], filled up with
-// zeros.
+// Values [begin, end), both multiples of a link's keys, into [panel of dimensions][links of 128][width of the panel], filled up
+// with zeros.
 template <int type>
 void decode_values(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, float *out) {
     for (int64_t d = 0; d < size; d += PANEL) {
