@@ -146,7 +146,7 @@ def _trl(folder: Path, jobs: int) -> None:
 
 
 def _unsloth(folder: Path, jobs: int) -> None:
-    """Beside TRL's versions, without its own dependencies: they are for GPUs, and half an hour is not enough to resolve them."""
+    """Beside TRL's versions, without its own dependencies: they are for GPUs, and half an hour does not resolve them."""
     del jobs
     pip = _environment(folder, "unsloth")
     _call(pip, "install", "-c", _constraints(folder), *UNSLOTH_NEEDS)
