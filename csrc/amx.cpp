@@ -301,7 +301,6 @@ struct Int4 {
     Rows x = quantized(product, inputs, group, bytes);
 
     int64_t unit() const { return group / bytes; }
-    int64_t width(int w) const { return product.panels(w) * PANEL; }
     const uint8_t *raw(int w, int64_t p, int64_t step) const {
         return static_cast<const uint8_t *>(product.weights[w]->data) + (p * inputs + step * bytes) * PANEL / 2;
     }
@@ -310,7 +309,7 @@ struct Int4 {
         uint8_t *to = room;
         const uint8_t *from = raw(w, p, step);
         for (int64_t g = step / unit(); g < (step + steps) / unit(); g++) {
-            const uint8_t *zeros = product.weights[w]->zeros + g * width(w) + p * PANEL;
+            const uint8_t *zeros = product.weights[w]->zeros + (p * x.groups + g) * PANEL;
             __m512i zero[2];
             for (int h = 0; h < 2; h++) zero[h] = (__m512i)(widen(load<Bytes>(zeros + h * LANES)) * 0x01010101u);
             for (int64_t i = 0; i < group; i += 8, from += PANEL * 4, to += PANEL * 8)
@@ -331,7 +330,7 @@ struct Int4 {
             multiply<kind>(tiles, rows, unit(), x, x.step(band, s), b, exact, false, next);
             next.from += unit() * next.lines * 64;
             const int64_t g = s / unit();
-            const float *scales = product.weights[w]->scales + g * width(w) + p * PANEL;
+            const float *scales = product.weights[w]->scales + (p * x.groups + g) * PANEL;
             const Floats left = load<Floats>(scales), right = load<Floats>(scales + LANES);
             const float *own = x.scales + band * BAND * x.groups + g;
             for (int r = 0; r < rows; r++) {

@@ -238,6 +238,10 @@ struct Task {
         rows = std::min(plan.rows, end - row);
         position = call.lengths[sequence] - (end - row);
     }
+
+    int64_t lowest_seen(int64_t place) const { return call.window ? std::max<int64_t>(0, place - call.window + 1) : 0; }
+    int64_t first_place() const { return lowest_seen(position); }
+    int64_t last_place() const { return position + rows - 1; }
 };
 
 // Where a task's keys and values of one span lie: at their places [low, high) in [0, 128).
@@ -246,9 +250,10 @@ struct Span {
     int64_t row_bytes;
     const uint8_t *keys[SPAN], *values[SPAN];
 
-    // Those of the positions [first, last] of the sequence. The places beside them name one that there is: it is read where
-    // only whole vectors can be, and its scores are hidden.
-    void locate(const Task &task, int64_t number, int64_t first, int64_t last) {
+    // Those of the positions that a task sees. The places beside them name one that there is: it is read where only whole
+    // vectors can be, and its scores are hidden.
+    void locate(const Task &task, int64_t number) {
+        const int64_t first = task.first_place(), last = task.last_place();
         const quire_attention &call = task.call;
         const quire_kv &kv = call.kv;
         const int64_t each = bytes_of_type(kv.type), origin = number * SPAN;
@@ -273,8 +278,7 @@ struct Span {
         const uint8_t *key = low < high ? keys[low] : k, *value = low < high ? values[low] : v;
         for (int i = 0; i < low; i++) keys[i] = key, values[i] = value;
         for (int i = high; i < SPAN; i++) keys[i] = key, values[i] = value;
-    }
-};
+    }};
 
 // A task's memory: one block of the thread's scratch, cut up.
 struct Room {
@@ -298,7 +302,7 @@ struct Formats {
     void (*read_query)(const uint8_t *, int64_t, float, const float *, float *) = nullptr;
     void (*write_output)(const float *, int64_t, float, const float *, uint8_t *) = nullptr;
     void (*decode_keys)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, float *) = nullptr;
-    void (*decode_values)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+    void (*decode_values)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
 };
 
 template <int type> void read_query(const uint8_t *x, int64_t size, float scale, const float *keys_scale, float *out) {
@@ -321,14 +325,14 @@ void write_output(const float *sums, int64_t size, float total, const float *val
     }
 }
 
-// Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys.
-void attend(const Task &task, const Formats &formats) {
+// Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys. `following`: the
+// task that this thread most likely takes next, or NULL; memory brings the keys and values that it begins with.
+void attend(const Task &task, const Task *following, const Formats &formats) {
     const quire_attention &call = task.call;
     const int64_t size = call.kv.size, links = size / Link::NUMBERS, padded = up(size, 16), rows = task.rows * task.heads;
     const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
     auto start = [&](int64_t t) { return rows * t / tiles; };
     auto place_of = [&](int64_t m) { return task.position + m / task.heads; };
-    auto lowest_seen = [&](int64_t place) { return call.window ? std::max<int64_t>(0, place - call.window + 1) : 0; };
     const Room room(rows, size, padded);
     const float *scales = call.kv.scales;
     const float scale = scales ? call.scale * scales[task.kv_head] : call.scale;  // where the scores are what is scaled
@@ -348,34 +352,38 @@ void attend(const Task &task, const Formats &formats) {
     std::fill(room.out, room.out + rows * padded, 0.0f);
     std::fill(room.folded, room.folded + rows, Folded{-INFINITY, 0.0f});
 
-    const int64_t last_place = place_of(rows - 1);
     float fade[MOST_ROWS];
-    const int64_t first_place = lowest_seen(task.position);
+    const int64_t first = task.first_place() / SPAN, last = task.last_place() / SPAN;
     Span spans[2];
-    spans[0].locate(task, first_place / SPAN, first_place, last_place);
+    spans[0].locate(task, first);
     for (int i = spans[0].low; i < spans[0].high; i++)
         fetch(spans[0].keys[i], spans[0].row_bytes), fetch(spans[0].values[i], spans[0].row_bytes);
-    for (int64_t number = first_place / SPAN; number * SPAN <= last_place; number++) {
-        const Span &span = spans[(number - first_place / SPAN) % 2];
-        Span &next = spans[(number - first_place / SPAN + 1) % 2];
-        next.locate(task, number + 1, first_place, last_place);
+    for (int64_t number = first; number <= last; number++) {
+        const Span &span = spans[(number - first) % 2];
+        Span &next = spans[(number - first + 1) % 2];
+        if (number == last && following)
+            next.locate(*following, following->first_place() / SPAN);
+        else
+            next.locate(task, number + 1);
         auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - number * SPAN, 0, SPAN)); };
         formats.decode_keys(span.keys, next.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
-        formats.decode_values(span.values, next.values, span.low / Link::NUMBERS * Link::NUMBERS,
-                              int(up(span.high, Link::NUMBERS)), size, room.values);
+        formats.decode_values(span.values, span.low / Link::NUMBERS * Link::NUMBERS, int(up(span.high, Link::NUMBERS)), size,
+                              room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
-            const int begin = within(lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
+            const int begin = within(task.lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
             if (begin >= end) continue;
             const Products products = products_for(int(count));
-            const int panel = begin / PANEL, last = (end + PANEL - 1) / PANEL;
-            products.score(links, room.q + m * links, room.keys, panel, last, scale, room.weights);
+            const int panel = begin / PANEL, end_panel = (end + PANEL - 1) / PANEL;
+            products.score(links, room.q + m * links, room.keys, panel, end_panel, scale, room.weights);
             for (int64_t r = 0; r < count; r++) {
                 const int64_t place = place_of(m + r);
+                // Requests for memory that come evenly are served beside the arithmetic; a burst of them stops it.
+                for (int64_t i = (m + r) * SPAN / rows; i < (m + r + 1) * SPAN / rows; i++) fetch(next.values[i], next.row_bytes);
                 float *weights = room.weights + r * SPAN;
-                const float high = hide(weights, panel * PANEL, last * PANEL, within(lowest_seen(place)), within(place + 1),
-                                        call.softcap);
-                fade[r] = weigh(weights, panel * PANEL, last * PANEL, high, room.folded[m + r]);
+                const float high = hide(weights, panel * PANEL, end_panel * PANEL, within(task.lowest_seen(place)),
+                                        within(place + 1), call.softcap);
+                fade[r] = weigh(weights, panel * PANEL, end_panel * PANEL, high, room.folded[m + r]);
             }
             products.mix(size, begin / Link::NUMBERS, (end + Link::NUMBERS - 1) / Link::NUMBERS, room.weights, room.values, fade,
                          padded, room.out + m * padded);
@@ -432,7 +440,10 @@ int attend_all(const quire_attention *call) {
     });
     if (typed || cached) return -1;
     const Plan plan(*call, quire::threads());
-    quire::parallel(plan.tasks, [&](int64_t number) { attend(Task(*call, plan, number), formats); });
+    quire::parallel(plan.tasks, [&](int64_t number) {
+        const Task task(*call, plan, number), following(*call, plan, std::min(number + 1, plan.tasks - 1));
+        attend(task, number + 1 < plan.tasks ? &following : nullptr, formats);
+    });
     return 0;
 }
 

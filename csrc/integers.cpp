@@ -7,9 +7,10 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int64_t AHEAD = 4096;       // bytes between a read and its prefetch, where one tile reads, for each of its panels
+constexpr int64_t AHEAD = 4096;       // bytes between a read and its prefetch, where one tile reads
 constexpr int64_t RUN_QUADS = 128;    // 16 KiB of an 8-bit panel
 constexpr int64_t LINES = PANEL * 4;  // bytes of a panel for a step: four inputs of INT8, eight of INT4
+template <bool INT4> constexpr int64_t QUAD_BYTES = PANEL * (INT4 ? 2 : 4);  // of a panel for four inputs
 
 // x as integers, in tiles of rows, four inputs at a time (`Integers::spread`: from lines to their places); scales and sums of
 // the integers [row, groups].
@@ -49,10 +50,9 @@ template <bool INT4> struct Integers {
             }
     }
 
-    // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of a panel on; panels
-    // lie panel_bytes apart.
-    template <int PASS, int ROWS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t, int first, Ahead ahead,
+    // sums += products of `quads` times four inputs, for PASS vectors of outputs from vector `first` of a panel on.
+    template <int ROWS, int PASS>
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead,
                            Ints (&sums)[ROWS][PASS]) {
         if constexpr (INT4)
             add_nibbles(quads, x, w, first, ahead, sums);
@@ -122,16 +122,16 @@ template <bool INT4> struct Integers {
         interleave(lines, stride, rows, quads, to);
     }
 
-    template <int PASS, int ROWS, int SUMS>
-    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t panel_bytes, int first, Ahead ahead,
-                           Ints (&sums)[ROWS][SUMS]) {
-        constexpr int STEP = INT4 ? 2 : 1;
+    template <int ROWS, int PASS>
+    static INLINE void add(int64_t quads, const uint8_t *x, const uint8_t *w, int first, Ahead ahead,
+                           Ints (&sums)[ROWS][PASS]) {
+        constexpr int STEP = INT4 ? 2 : 1, CHAINS = ROWS <= 2 ? STEP : 1;  // for each output: few rows wait for their sums
+        Ints others[ROWS][PASS] = {};
         for (int64_t i = 0; i < quads; i += STEP) {
-            Words values[STEP][SUMS];
-            for (int v = 0; v < SUMS; v++) {
-                const int64_t panel = v / PASS * panel_bytes;
-                if (first == 0 && v % PASS == 0) Ahead{ahead.from + panel, ahead.step}.fetch(i / STEP, LINES);
-                Words word = load<Words>(w + panel + i / STEP * LINES + (first + v % PASS) * LANES * 4);
+            Words values[STEP][PASS];
+            if (first == 0) ahead.fetch(i / STEP, LINES);
+            for (int v = 0; v < PASS; v++) {
+                Words word = load<Words>(w + i / STEP * LINES + (first + v) * LANES * 4);
                 if (INT4) {
                     values[0][v] = word & 0x0f0f0f0fu;
                     values[STEP - 1][v] = word >> 4 & 0x0f0f0f0fu;
@@ -142,9 +142,15 @@ template <bool INT4> struct Integers {
             for (int s = 0; s < STEP; s++)
                 for (int r = 0; r < ROWS; r++) {
                     Ints one = all_ints(load<int32_t>(x + ((i + s) * ROWS + r) * 4));
-                    for (int v = 0; v < SUMS; v++) sums[r][v] = dot4(sums[r][v], values[s][v], one);
+                    for (int v = 0; v < PASS; v++) {
+                        Ints &sum = s < CHAINS && s > 0 ? others[r][v] : sums[r][v];
+                        sum = dot4(sum, values[s][v], one);
+                    }
                 }
         }
+        if (CHAINS > 1)
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < PASS; v++) sums[r][v] += others[r][v];
     }
 };
 
@@ -178,8 +184,10 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
     return out;
 }
 
-// What makes floats of a group's integers: scales and sums of a tile's rows, `stride` apart, and the panel's scales and zeros.
-struct Group {
+// What makes floats of integers at the ends of `count` groups, one after the other: scales and sums of a tile's rows, `stride`
+// apart, and a panel's scales and zeros.
+struct Groups {
+    int64_t count;
     const float *row_scales;
     const int32_t *row_sums;
     int64_t stride;
@@ -187,88 +195,79 @@ struct Group {
     const uint8_t *zeros;
 };
 
-// Products of `quads` times four inputs, added to acc [ROWS][PANELS * 32] where there is something; at a group's end sums, which
-// lie alike, += what they are worth.
-template <bool INT4, int ROWS, int PANELS>
-void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, int64_t panel_bytes, Ahead ahead, bool begun,
-                  const Group *group, int32_t *acc, float *sums) {
-    constexpr int PASS = pass_for(ROWS), SUMS = PANELS * PASS, WIDTH = PANELS * PANEL;
-    for (int first = 0; first < PARTS; first += PASS) {
-        const auto place = [&](int v) { return v / PASS * PANEL + (first + v % PASS) * LANES; };
-        Ints totals[ROWS][SUMS];
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) totals[r][v] = begun ? load<Ints>(acc + r * WIDTH + place(v)) : Ints{};
-        Integers<INT4>::template add<PASS>(quads, x, w, panel_bytes, first, ahead, totals);
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) {
-                const int at = place(v);
-                if (!group) {
-                    store(acc + r * WIDTH + at, totals[r][v]);
-                    continue;
+// Products of `quads` times four inputs, added to acc [ROWS][32] where there is something; at the ends of groups sums [ROWS][32]
+// += what they are worth.
+template <bool INT4, int ROWS>
+void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead, bool begun, const Groups &groups, int32_t *acc,
+                  float *sums) {
+    constexpr int PASS = pass_for(ROWS);
+    const int64_t each = quads / std::max<int64_t>(groups.count, 1);
+    for (int first = 0; first < PARTS; first += PASS)
+        for (int64_t g = 0, done = 0; done < quads; g++, done += each) {
+            Ints totals[ROWS][PASS];
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < PASS; v++)
+                    totals[r][v] = begun ? load<Ints>(acc + r * PANEL + (first + v) * LANES) : Ints{};
+            const int64_t bytes = done * QUAD_BYTES<INT4>;
+            Integers<INT4>::add(each, x + done * ROWS * Integers<INT4>::BYTES, w + bytes, first, ahead.after(bytes / LINES), totals);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < PASS; v++) {
+                    const int64_t at = (first + v) * LANES, own = g * PANEL + at, row = r * groups.stride + g;
+                    if (groups.count == 0) {
+                        store(acc + r * PANEL + at, totals[r][v]);
+                        continue;
+                    }
+                    const Floats part = worth<INT4>(totals[r][v], groups.row_sums[row], groups.row_scales[row],
+                                                    INT4 ? groups.zeros + own : nullptr, groups.scales + own);
+                    store(sums + r * PANEL + at, load<Floats>(sums + r * PANEL + at) + part);
                 }
-                float *to = sums + r * WIDTH + at;
-                const int64_t row = r * group->stride;
-                const Floats part = worth<INT4>(totals[r][v], group->row_sums[row], group->row_scales[row],
-                                                INT4 ? group->zeros + at : nullptr, group->scales + at);
-                store(to, load<Floats>(to) + part);
-            }
-    }
+        }
 }
 
-using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, int64_t, Ahead, bool, const Group *, int32_t *, float *);
+using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, Ahead, bool, const Groups &, int32_t *, float *);
 
-// Few rows: two panels at a time are two streams out of memory.
-constexpr int panels_for(int rows) { return LANES == 16 && rows <= 3 ? 2 : 1; }
-
-template <bool INT4> IntegerTile integer_tile_for(int rows, int panels) {
-    return for_rows(rows, [&](auto n) -> IntegerTile {
-        return panels == 1 ? integer_tile<INT4, n(), 1> : integer_tile<INT4, n(), panels_for(n())>;
-    });
+template <bool INT4> IntegerTile integer_tile_for(int rows) {
+    return for_rows(rows, [](auto n) -> IntegerTile { return integer_tile<INT4, n()>; });
 }
 
-// A panel is taken in runs of inputs that stay in the first-level cache while tiles of rows pass: INT4's are its groups.
+// A panel is taken in runs of inputs that stay in the first-level cache while tiles of rows pass: INT4's are its groups, of which
+// a single tile takes all at once. One panel after the other is one stream out of memory, which is as fast as it can be read.
 template <bool INT4> void multiply(const Product &product) {
     const int64_t inputs = product.weights[0]->inputs, padded = up(inputs, INT4 ? 8 : 4);
     const int64_t group = INT4 ? product.weights[0]->group_size : inputs;
-    const int64_t quads = padded / 4, run = INT4 ? group / 4 : RUN_QUADS, quad_bytes = PANEL * (INT4 ? 2 : 4);
     const Cut cut(product.rows);
     const Quantized x = quantize<INT4>(product, cut, inputs, padded, group);
 
     const bool few = cut.tiles == 1;
-    const int together = few ? panels_for(int(product.rows)) : 1;
-    const int64_t panel_bytes = quads * quad_bytes;
+    const int64_t quads = padded / 4, run = !INT4 ? RUN_QUADS : few ? quads : group / 4;
     const int64_t row_blocks = (cut.tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     product.over_panels(row_blocks, few ? FEW_ROWS_TASKS : INT64_MAX, [&](int w, int64_t p, int64_t end, int64_t block) {
         const quire_weight &weight = *product.weights[w];
         const int64_t first = block * BLOCK_TILES, last = std::min(cut.tiles, first + BLOCK_TILES);
-        const int64_t row = cut.start(first), rows = cut.start(last) - row, width = product.panels(w) * PANEL;
+        const int64_t row = cut.start(first), rows = cut.start(last) - row;
         alignas(64) int32_t acc[BLOCK_TILES * MOST_ROWS * PANEL];
         alignas(64) float sums[BLOCK_TILES * MOST_ROWS * PANEL];
-        while (p < end) {
-            const int panels = p + together <= end ? together : 1;
-            const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
-            std::fill(sums, sums + rows * panels * PANEL, 0.0f);
+        for (; p < end; p++) {
+            std::fill(sums, sums + rows * PANEL, 0.0f);
             for (int64_t begin = 0; begin < quads; begin += run) {
-                const int64_t count = std::min(run, quads - begin), g = INT4 ? begin / run : 0;
-                const uint8_t *part = panel + begin * quad_bytes;
+                const int64_t count = std::min(run, quads - begin), g = INT4 ? begin * 4 / group : 0;
+                const int64_t ends = INT4 ? count * 4 / group : begin + count == quads, own = (p * x.groups + g) * PANEL;
+                const uint8_t *part = static_cast<const uint8_t *>(weight.data) + (p * quads + begin) * QUAD_BYTES<INT4>;
                 // Several tiles share the reading of the next run, which lies behind this one.
-                Ahead ahead = {part + (few ? AHEAD : count * quad_bytes), LINES / (last - first)};
-                for (int64_t t = first; t < last; t++) {
+                const int64_t steps = count * QUAD_BYTES<INT4> / LINES;
+                Ahead ahead = {part + (few ? AHEAD : steps * LINES), LINES / (last - first)};
+                for (int64_t t = first; t < last; t++, ahead = ahead.after(steps)) {
                     const int64_t at = cut.start(t) * x.groups + g, place = (cut.start(t) - row) * PANEL;
-                    const Group group = {x.scales + at, x.sums + at, x.groups, weight.scales + g * width + p * PANEL,
-                                         INT4 ? weight.zeros + g * width + p * PANEL : nullptr};
-                    const bool ends = INT4 || begin + count == quads;
+                    const Groups groups = {ends, x.scales + at, x.sums + at, x.groups, weight.scales + own,
+                                           INT4 ? weight.zeros + own : nullptr};
                     const uint8_t *values = x.values + (cut.start(t) * quads + begin * cut.rows(t)) * Integers<INT4>::BYTES;
-                    integer_tile_for<INT4>(cut.rows(t), panels)(count, values, part, panel_bytes, ahead, !INT4 && begin > 0,
-                                                                ends ? &group : nullptr, acc + place, sums + place);
-                    ahead.from += count * quad_bytes / LINES * ahead.step;
+                    integer_tile_for<INT4>(cut.rows(t))(count, values, part, ahead, !INT4 && begin > 0, groups, acc + place,
+                                                        sums + place);
                 }
             }
-            for (int64_t r = 0; r < rows; r++)
-                for (int i = 0; i < panels; i++) product.finish(w, row + r, p + i, sums + (r * panels + i) * PANEL);
-            p += panels;
+            for (int64_t r = 0; r < rows; r++) product.finish(w, row + r, p, sums + r * PANEL);
         }
-    }, together);
+    });
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ float unpacked(const quire_weight &weight, int64_t panel_bytes, int64_t output, 
     const uint8_t *panel = static_cast<const uint8_t *>(weight.data) + p * panel_bytes;
     if (weight.form == QUIRE_INT8) return float(int(panel[(i / 4 * PANEL + o) * 4 + i % 4]) - 128) * weight.scales[output];
     if (weight.form == QUIRE_INT4) {
-        const int64_t at = i / weight.group_size * up(weight.outputs, PANEL) + output;
+        const int64_t at = (p * (weight.inputs / weight.group_size) + i / weight.group_size) * PANEL + o;
         const int half = panel[(i / 8 * PANEL + o) * 4 + i % 4] >> (i / 4 % 2 * 4) & 15;
         return float(half - int(weight.zeros[at])) * weight.scales[at];
     }

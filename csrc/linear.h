@@ -24,6 +24,7 @@ constexpr int64_t BLOCK_TILES = 8;  // that pass over a block of a panel one aft
 struct Ahead {
     const uint8_t *from;
     int64_t step;
+    INLINE Ahead after(int64_t steps) const { return {from + steps * step, step}; }
     INLINE void fetch(int64_t i, int64_t bytes) const {
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + i * step + line);
     }

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define QUIRE_VERSION 1
+#define QUIRE_VERSION 2
 
 enum quire_type { QUIRE_F32 = 0, QUIRE_BF16 = 1, QUIRE_F16 = 2, QUIRE_E4M3 = 3, QUIRE_E5M2 = 4, QUIRE_I8 = 5 };
 
@@ -45,8 +45,8 @@ enum quire_form { QUIRE_DENSE = 0, QUIRE_INT8 = 1, QUIRE_INT4 = 2 };
 /* A packed weight [outputs, inputs]. data: quire_packed_bytes() bytes, aligned to 64. The rest depends on the form:
  * DENSE: type F32, BF16, F16 or E4M3; scales NULL, or one float per output (E4M3).
  * INT8:  scales one float per output.
- * INT4:  groups of group_size inputs, a multiple of 32 that divides inputs; scales [groups, padded outputs] floats, zeros the
- *        same in bytes; padded outputs = outputs rounded up to 32. */
+ * INT4:  groups of group_size inputs, a multiple of 32 that divides inputs; scales [panels, groups, 32] floats, zeros the same
+ *        in bytes, for panels of 32 outputs, the last one filled up. */
 typedef struct quire_weight {
     int32_t form, type;
     int64_t outputs, inputs, group_size;

@@ -57,13 +57,11 @@ INLINE int panel_width(int64_t size, int64_t d) { return size - d > 16 ? PANEL :
 // Values [begin, end), both multiples of a link's keys, into [panel of dimensions][links of 128][width of the panel], filled up
 // with zeros.
 template <int type>
-void decode_values(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, float *out) {
+void decode_values(const uint8_t *const *rows, int begin, int end, int64_t size, float *out) {
     for (int64_t d = 0; d < size; d += PANEL) {
         const int width = panel_width(size, d);
         float *to = out + d * (SPAN / Link::NUMBERS);
         for (int key = begin; key < end; key += Link::NUMBERS) {
-            for (int k = key; k < key + Link::NUMBERS; k++)
-                fetch(ahead[k] + d * Element<type>::BYTES, width * Element<type>::BYTES);
             for (int i = 0; i < width; i += LANES) {
                 const auto value = [&](int k) { return d + i < size ? read<type>(rows[k], d + i, size) : Floats{}; };
 #if defined(__AVX512BF16__)

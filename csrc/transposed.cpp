@@ -36,7 +36,8 @@ INLINE void read_input(const quire_weight &weight, const uint8_t *panel, int64_t
         constexpr int EACH = form == QUIRE_INT8 ? 4 : 8;
         const uint8_t *from = panel + i / EACH * PANEL * 4;
         const int shift = int(i % 4 * 8 + i % EACH / 4 * 4);
-        const int64_t at = form == QUIRE_INT4 ? i / weight.group_size * up(weight.outputs, PANEL) + p * PANEL : 0;
+        const int64_t size = form == QUIRE_INT4 ? weight.group_size : weight.inputs;
+        const int64_t at = (p * (weight.inputs / size) + i / size) * PANEL;
         for (int v = 0; v < PARTS; v++) {
             const Words word = load<Words>(from + v * LANES * 4) >> shift;
             if (form == QUIRE_INT8) {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.batch import KVCache
 from quire.models.config import ModelConfig
+from quire.ops.room import uninitialized
 
 # By the plan's names. The last three take one byte per number and have scales.
 KV_DTYPES = {
@@ -26,11 +27,12 @@ def allocate(
 ) -> KVCache:
     """Keys and values of all layers for `num_blocks` blocks and the null block.
 
-    The memory is taken when it is first written; what it holds before is never let into a product (ops/reference/attention).
+    Memory is taken when it is first written, in huge pages where a layer has some. What it holds before is never let into a
+    product (ops/reference/attention).
     """
     shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
     layers = range(config.num_layers)
-    keys, values = ([torch.empty(shape, dtype=dtype) for _ in layers] for _ in range(2))
+    keys, values = ([uninitialized(shape, dtype) for _ in layers] for _ in range(2))
     return KVCache(keys, values, scales)
 
 

@@ -41,6 +41,8 @@ from quire.weights.packed_cache import packed_cache
 
 log = logger(__name__)
 
+ENOUGH_TOKENS = 512  # more in a step make it longer, but a token of it hardly cheaper
+
 
 @dataclass(frozen=True)
 class Started:
@@ -168,6 +170,7 @@ def _limits(config: EngineConfig, plan: Plan) -> Limits:
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         block_size=plan.block_size,
+        enough_tokens=ENOUGH_TOKENS,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         policy=config.scheduling_policy,
         prefix_caching=config.enable_prefix_caching,

@@ -215,7 +215,9 @@ class Scheduler:
 
     def _admit(self, plan: _Plan) -> None:
         promised = self._promised()
-        while plan.budget > 0 and (sequence := self._first_waiting()) is not None:
+        most = self.limits.max_num_batched_tokens
+        enough = self.limits.enough_tokens or most
+        while 0 < plan.budget and most - plan.budget < enough and (sequence := self._first_waiting()) is not None:
             found = self._room_for(sequence, promised)
             if found is None:
                 break

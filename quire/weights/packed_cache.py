@@ -24,7 +24,7 @@ log = logger(__name__)
 
 OFF, AUTO = "off", "auto"
 SUFFIX = ".packed"
-LAYOUT = 1
+LAYOUT = 2
 """Of what the kernels' `pack` makes (csrc/linear.cpp). A new layout needs a new number: tests/weights holds its bytes."""
 _MAKERS = ("quant", "models", "weights", "ops/cpu")
 # Readings that began before their model was there to take them.

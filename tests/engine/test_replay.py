@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,12 @@ def test_what_is_recorded_computes_with_what_is_in_memory_then() -> None:
     assert tape.refused is None
     x.copy_(torch.randn(3, 8))
     assert torch.equal(tape.replay(), ops.rms_norm(x + y, weight, 1e-6))
+
+
+def test_writing_steps_down_does_not_import_torchs_compiler() -> None:
+    code = (
+        "import sys, quire; llm = quire.LLM('quire-tiny', max_model_len=64, kv_cache_memory_bytes=1 << 24);"
+        "llm.generate(['a', 'b'], quire.SamplingParams(max_tokens=5), use_tqdm=False);"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

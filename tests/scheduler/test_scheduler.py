@@ -65,6 +65,16 @@ def test_the_threshold_leaves_room_for_the_next_prompt() -> None:
     assert sizes(run(scheduler)) == {first.id: 6, second.id: 4}
 
 
+def test_a_step_that_has_enough_begins_no_further_prompt() -> None:
+    scheduler = make(budget=40, enough_tokens=12)
+    first, second, third = (add(scheduler, 10).id for _ in range(3))
+    assert sizes(run(scheduler)) == {first: 10, second: 10}
+    assert sizes(run(scheduler)) == {first: 1, second: 1, third: 10}
+    long = add(scheduler, 60)
+    # What is begun goes on, and a prompt that a step begins with is not cut.
+    assert sizes(run(scheduler)) == {first: 1, second: 1, third: 1, long.id: 37}
+
+
 def test_a_prompt_that_is_all_cached_still_computes_its_last_token() -> None:
     scheduler = make()
     tokens = list(range(8))

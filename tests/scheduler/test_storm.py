@@ -114,6 +114,7 @@ class Storm(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         speculation=st.one_of(DRAFTS, DRAFTS, st.none()),
         max_loras=st.integers(1, 3),
+        enough=st.sampled_from([0, 0, 1, 6]),
     )
     def begin(
         self,
@@ -126,10 +127,11 @@ class Storm(RuleBasedStateMachine):
         prefix_caching: bool,
         speculation: Speculation | None,
         max_loras: int,
+        enough: int,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         limits = Limits(
-            max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching, speculation, max_loras
+            max_num_seqs, budget, MAX_MODEL_LEN, block_size, threshold, policy, prefix_caching, speculation, max_loras, enough
         )
         self.scheduler = Scheduler(limits, self.pool, _root)
         self.device = Device(num_blocks, block_size)

@@ -281,7 +281,7 @@ def _weights() -> Iterator[Weight]:
     yield Int4Weight(values[:, :32].to(torch.uint8), groups.float(), (groups % 16).to(torch.uint8), 32)
 
 
-LAYOUTS = {1: "85542e7ae862ef19"}
+LAYOUTS = {1: "85542e7ae862ef19", 2: "e1521d3dfe99f25e"}
 
 
 def test_a_new_layout_has_a_new_number() -> None:

@@ -21,7 +21,7 @@ from quire import envs
 from quire.errors import ConfigError
 
 PATH = Path(__file__).with_name("_native.so")
-VERSION = 1
+VERSION = 2
 F32, BF16, F16, E4M3, E5M2, I8 = range(6)
 TYPES = {
     torch.float32: F32,

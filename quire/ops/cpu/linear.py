@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quire.ops.cpu.library import DENSE, INT4, INT8, TYPES, WeightStruct, address, call, library
+from quire.ops.room import uninitialized
 from quire.ops.weights import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Weight
 
 _long, _pointer = ctypes.c_int64, ctypes.c_void_p
 PANEL = 32
-HUGE_PAGE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def pack(weight: Weight) -> PackedWeight:
                 INT4,
                 values,
                 weight.shape,
-                scales=_padded(scales.t()),
-                zeros=_padded(zeros.t()),
+                scales=_by_panel(scales),
+                zeros=_by_panel(zeros),
                 group_size=group_size,
                 order=order,
             )
@@ -76,7 +76,7 @@ def _packed(
 ) -> PackedWeight:
     values = values if values.stride(-1) == 1 else values.contiguous()
     kind = TYPES.get(values.dtype, 0)
-    data = aligned_bytes(library().quire_packed_bytes(form, kind, *shape))
+    data = uninitialized(library().quire_packed_bytes(form, kind, *shape), torch.uint8)
     scales = None if scales is None else scales.float().contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     struct = WeightStruct(form, kind, *shape, group_size, data.data_ptr(), address(scales), address(zeros))
@@ -89,28 +89,9 @@ def _padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, -values.shape[-1] % PANEL))
 
 
-def aligned_bytes(count: int) -> Tensor:
-    """Uninitialized bytes; large ones begin at a huge page, which the system is asked to use."""
-    if count < HUGE_PAGE:
-        return torch.empty(count, dtype=torch.uint8)  # torch aligns to 64
-    room = torch.empty(count + HUGE_PAGE, dtype=torch.uint8)
-    data = room[-room.data_ptr() % HUGE_PAGE :][:count]
-    if _advise is not None:
-        _advise(data.data_ptr(), count, MADV_HUGEPAGE)
-    return data
-
-
-MADV_HUGEPAGE = 14
-
-
-def _madvise() -> Callable[[int, int, int], int] | None:
-    function = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return function
-
-
-_advise = _madvise()
+def _by_panel(values: Tensor) -> Tensor:
+    """[outputs, groups] as [panels, groups, PANEL]."""
+    return _padded(values.t()).unflatten(1, (-1, PANEL)).transpose(0, 1)
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
