@@ -22,4 +22,4 @@ class Limits:
     max_loras: int = 0
     """Different adapters in one step."""
     enough_tokens: int = 0
-    """A step of so many tokens lets no further prompt in, which would delay the first tokens of those before. 0: any step may."""
+    """A step of so many tokens lets no further prompt in, which would delay the first tokens of those before. 0: any may."""

@@ -217,7 +217,7 @@ class Scheduler:
         promised = self._promised()
         most = self.limits.max_num_batched_tokens
         enough = self.limits.enough_tokens or most
-        while 0 < plan.budget and most - plan.budget < enough and (sequence := self._first_waiting()) is not None:
+        while plan.budget > 0 and most - plan.budget < enough and (sequence := self._first_waiting()) is not None:
             found = self._room_for(sequence, promised)
             if found is None:
                 break
