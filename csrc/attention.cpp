@@ -325,8 +325,8 @@ void write_output(const float *sums, int64_t size, float total, const float *val
     }
 }
 
-// Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys. `following`: the
-// task that this thread most likely takes next, or NULL; memory brings the keys and values that it begins with.
+// Row m of a task is head m % heads of query row m / heads, so that the rows of a tile see nearly the same keys.
+// `following`: the task that this thread most likely takes next, or NULL; memory brings what it begins with.
 void attend(const Task &task, const Task *following, const Formats &formats) {
     const quire_attention &call = task.call;
     const int64_t size = call.kv.size, links = size / Link::NUMBERS, padded = up(size, 16), rows = task.rows * task.heads;
@@ -379,14 +379,15 @@ void attend(const Task &task, const Task *following, const Formats &formats) {
             for (int64_t r = 0; r < count; r++) {
                 const int64_t place = place_of(m + r);
                 // Requests for memory that come evenly are served beside the arithmetic; a burst of them stops it.
-                for (int64_t i = (m + r) * SPAN / rows; i < (m + r + 1) * SPAN / rows; i++) fetch(next.values[i], next.row_bytes);
+                for (int64_t i = (m + r) * SPAN / rows; i < (m + r + 1) * SPAN / rows; i++)
+                    fetch(next.values[i], next.row_bytes);
                 float *weights = room.weights + r * SPAN;
                 const float high = hide(weights, panel * PANEL, end_panel * PANEL, within(task.lowest_seen(place)),
                                         within(place + 1), call.softcap);
                 fade[r] = weigh(weights, panel * PANEL, end_panel * PANEL, high, room.folded[m + r]);
             }
-            products.mix(size, begin / Link::NUMBERS, (end + Link::NUMBERS - 1) / Link::NUMBERS, room.weights, room.values, fade,
-                         padded, room.out + m * padded);
+            products.mix(size, begin / Link::NUMBERS, (end + Link::NUMBERS - 1) / Link::NUMBERS, room.weights, room.values,
+                         fade, padded, room.out + m * padded);
         }
     }
 

@@ -143,7 +143,7 @@ template <bool INT4> struct Integers {
                 for (int r = 0; r < ROWS; r++) {
                     Ints one = all_ints(load<int32_t>(x + ((i + s) * ROWS + r) * 4));
                     for (int v = 0; v < PASS; v++) {
-                        Ints &sum = s < CHAINS && s > 0 ? others[r][v] : sums[r][v];
+                        Ints &sum = s % CHAINS ? others[r][v] : sums[r][v];
                         sum = dot4(sum, values[s][v], one);
                     }
                 }
@@ -184,8 +184,8 @@ Quantized quantize(const Product &product, const Cut &cut, int64_t inputs, int64
     return out;
 }
 
-// What makes floats of integers at the ends of `count` groups, one after the other: scales and sums of a tile's rows, `stride`
-// apart, and a panel's scales and zeros.
+// What makes floats of integers at the ends of `count` groups, one after the other: scales and sums of a tile's rows,
+// `stride` apart, and a panel's scales and zeros.
 struct Groups {
     int64_t count;
     const float *row_scales;
@@ -195,21 +195,22 @@ struct Groups {
     const uint8_t *zeros;
 };
 
-// Products of `quads` times four inputs, added to acc [ROWS][32] where there is something; at the ends of groups sums [ROWS][32]
-// += what they are worth.
+// Products of `quads` times four inputs, added to acc [ROWS][32] where there is something; at the ends of groups sums
+// [ROWS][32] += what they are worth.
 template <bool INT4, int ROWS>
-void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead, bool begun, const Groups &groups, int32_t *acc,
-                  float *sums) {
+void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead, bool begun, const Groups &groups,
+                  int32_t *acc, float *sums) {
     constexpr int PASS = pass_for(ROWS);
     const int64_t each = quads / std::max<int64_t>(groups.count, 1);
-    for (int first = 0; first < PARTS; first += PASS)
-        for (int64_t g = 0, done = 0; done < quads; g++, done += each) {
+    for (int64_t g = 0, done = 0; done < quads; g++, done += each) {
+        const int64_t bytes = done * QUAD_BYTES<INT4>;
+        const Ahead next = ahead.after(bytes / LINES);
+        for (int first = 0; first < PARTS; first += PASS) {
             Ints totals[ROWS][PASS];
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < PASS; v++)
                     totals[r][v] = begun ? load<Ints>(acc + r * PANEL + (first + v) * LANES) : Ints{};
-            const int64_t bytes = done * QUAD_BYTES<INT4>;
-            Integers<INT4>::add(each, x + done * ROWS * Integers<INT4>::BYTES, w + bytes, first, ahead.after(bytes / LINES), totals);
+            Integers<INT4>::add(each, x + done * ROWS * Integers<INT4>::BYTES, w + bytes, first, next, totals);
             for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < PASS; v++) {
                     const int64_t at = (first + v) * LANES, own = g * PANEL + at, row = r * groups.stride + g;
@@ -222,6 +223,7 @@ void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead
                     store(sums + r * PANEL + at, load<Floats>(sums + r * PANEL + at) + part);
                 }
         }
+    }
 }
 
 using IntegerTile = void (*)(int64_t, const uint8_t *, const uint8_t *, Ahead, bool, const Groups &, int32_t *, float *);
@@ -230,8 +232,8 @@ template <bool INT4> IntegerTile integer_tile_for(int rows) {
     return for_rows(rows, [](auto n) -> IntegerTile { return integer_tile<INT4, n()>; });
 }
 
-// A panel is taken in runs of inputs that stay in the first-level cache while tiles of rows pass: INT4's are its groups, of which
-// a single tile takes all at once. One panel after the other is one stream out of memory, which is as fast as it can be read.
+// A panel is taken in runs of inputs that stay in the first-level cache while tiles of rows pass: INT4's are its groups, of
+// which a single tile takes all at once. One panel after the other is one stream out of memory, the fastest way to read it.
 template <bool INT4> void multiply(const Product &product) {
     const int64_t inputs = product.weights[0]->inputs, padded = up(inputs, INT4 ? 8 : 4);
     const int64_t group = INT4 ? product.weights[0]->group_size : inputs;

@@ -86,7 +86,7 @@ def rows(count: int) -> bytes:
 
 def start(client: OpenAI) -> Any:
     file = client.files.create(file=("rows.jsonl", io.BytesIO(rows(16))), purpose="fine-tune")
-    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 8, "batch_size": 4}}}
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 16, "batch_size": 4}}}
     return client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file.id,
@@ -160,12 +160,10 @@ def test_killed_in_the_middle_of_everything(begin: Callable[[], Server], tmp_pat
         assert hashlib.sha256(server.client.files.content(id).read()).hexdigest() == digest
     assert not list((data / "tmp").iterdir()), "half of an upload is nothing"
     assert {path.name for path in (data / "blobs").iterdir()} >= set(acknowledged.values())
-    again = server.client.fine_tuning.jobs.retrieve(job.id)
-    assert again.status in ("queued", "running")
     assert steps(server.client, job)[: len(told)] == told, "nor is an event"
     resumed = ended(server.client, job)
     assert resumed.status == "succeeded", resumed.error
-    assert steps(server.client, job) == list(range(1, 33)), "each step is told once"
+    assert steps(server.client, job) == list(range(1, 65)), "each step is told once"
     straight = ended(server.client, start(server.client))
     weights = [data / "adapters" / one.id / "final" / "adapter_model.safetensors" for one in (resumed, straight)]
     assert weights[0].read_bytes() == weights[1].read_bytes(), "as if nothing had happened"
