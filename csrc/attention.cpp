@@ -278,7 +278,8 @@ struct Span {
         const uint8_t *key = low < high ? keys[low] : k, *value = low < high ? values[low] : v;
         for (int i = 0; i < low; i++) keys[i] = key, values[i] = value;
         for (int i = high; i < SPAN; i++) keys[i] = key, values[i] = value;
-    }};
+    }
+};
 
 // A task's memory: one block of the thread's scratch, cut up.
 struct Room {

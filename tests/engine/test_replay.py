@@ -114,4 +114,4 @@ def test_writing_steps_down_does_not_import_torchs_compiler() -> None:
         "llm.generate(['a', 'b'], quire.SamplingParams(max_tokens=5), use_tqdm=False);"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
