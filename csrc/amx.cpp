@@ -1,10 +1,11 @@
 // Products with packed weights on AMX's tiles: 32 rows by 32 outputs at a time, one way for every number of rows.
 //
 // The panels are linear.cpp's, so a weight may be packed before the instruction set is chosen. A step is what one tile takes:
-// 32 inputs in bfloat16, 64 (or 32) in bytes. INT8's panels are loaded as they lie; the others are turned into tiles a block
-// of steps at a time, bfloat16 by pairing the inputs, FP8 and INT4 by decoding. Every output adds its steps in ascending order;
-// where it is put aside between two blocks it is stored whole. Integers are exact and scaled as integers.cpp scales them, so
-// they give its bits; bfloat16 does not, as a step's pairs are summed inside the tile.
+// 32 inputs in bfloat16, 64 (or 32) in bytes. INT8's panels are loaded as they lie; the others are turned into tiles step by
+// step, bfloat16 by pairing the inputs, FP8 and INT4 by decoding: once for all rows where they are a band, else a block of
+// steps that bands pass over. Every output adds its steps in ascending order; where it is put aside between two blocks it is
+// stored whole. Integers are exact and scaled as integers.cpp scales them, so they give its bits; bfloat16 does not, as a
+// step's pairs are summed inside the tile.
 //
 // What has no tiles (float32 and float16, of x or of weights) goes to the next instruction set.
 #include "linear.h"
@@ -13,39 +14,14 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int BAND = 2 * TILE_ROWS;                   // rows of x that pass together
+constexpr int BAND = 2 * TILE_ROWS;                    // rows of x that pass together
 constexpr int64_t STEP_BYTES = TILE_ROWS * PANEL * 4;  // a step of a panel: 16 lines, each of 32 outputs' pairs or fours
+constexpr int64_t AHEAD = 3072;                       // bytes between a read and its prefetch
 constexpr int64_t FEW_BANDS = 4;                      // until here reading the weight is what takes the time
-constexpr int64_t FEW_BYTES = 8192;                   // of a panel's block then: while one is multiplied, the next is fetched
-constexpr int64_t MANY_STEPS = 16;                    // of a block for more bands: most of the first-level cache
-constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 12;   // they share what lies in the second-level cache
+constexpr int64_t BLOCK_STEPS = 8;                    // with those of a band's rows they fill the first-level cache
+constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 16;   // they share what lies in the second-level cache
+constexpr int64_t STREAMED = int64_t(8) << 20;        // bytes of a result that no cache keeps: its lines are not read first
 constexpr int64_t TASKS_PER_THREAD = 4;
-
-// Tiles 0 to 3 are the sums of 32 rows by 32 outputs, 4 and 5 the rows, 6 and 7 the weights.
-class Tiles {
-public:
-    ~Tiles() {
-        if (rows_) release();
-    }
-    // For `rows` rows and steps of `bytes` bytes. Does nothing where the tiles are so already.
-    void shape(int rows, int bytes) {
-        if (rows == rows_) return;
-        rows_ = rows;
-        TileConfig config;
-        const int halves[2] = {std::min(rows, TILE_ROWS), std::max(rows - TILE_ROWS, 0)};
-        for (int h = 0; h < 2; h++)
-            if (halves[h]) {
-                config.rows[2 * h] = config.rows[2 * h + 1] = config.rows[4 + h] = uint8_t(halves[h]);
-                config.bytes[2 * h] = config.bytes[2 * h + 1] = TILE_BYTES, config.bytes[4 + h] = uint16_t(bytes);
-            }
-        config.rows[6] = config.rows[7] = uint8_t(bytes / 4);
-        config.bytes[6] = config.bytes[7] = TILE_BYTES;
-        configure(config);
-    }
-
-private:
-    int rows_ = 0;
-};
 
 // x in tiles: [band][step][half band][16 rows][bytes of a step], zeros past the inputs. For integers also the rows' scales
 // and sums, [row, groups].
@@ -67,16 +43,9 @@ template <int kind, int C, int A, int B> INLINE void dot() {
     if constexpr (kind == Dots::UNSIGNED) dot_unsigned<C, A, B>();
 }
 
-// What comes next, `lines` cache lines for each step.
-struct Next {
-    const uint8_t *from;
-    int64_t lines;
-    bool near;  // for the first-level cache
-};
-
-// sums [32, 32] = or += rows times weights over `steps` steps.
-template <int kind, bool BOTH>
-void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add, Next ahead) {
+// sums [32, 32] = or += rows times weights over `steps` steps: weights(s) is the tile of step s.
+template <int kind, bool BOTH, class Weights>
+void multiply(int64_t steps, const Rows &x, const uint8_t *a, const Weights &weights, void *sums, bool add) {
     constexpr int64_t LINE = PANEL * 4;  // of sums and of the weights
     auto c = static_cast<uint8_t *>(sums), lower = c + TILE_ROWS * LINE;
     if (add) {
@@ -86,10 +55,9 @@ void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, 
         zero<0>(), zero<1>();
         if constexpr (BOTH) zero<2>(), zero<3>();
     }
-    const int64_t half = TILE_ROWS * x.bytes, step = x.bytes / 4 * LINE;
-    for (int64_t s = 0; s < steps; s++, a += 2 * half, b += step) {
-        for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64)
-            ahead.near ? __builtin_prefetch(ahead.from, 0, 3) : __builtin_prefetch(ahead.from, 0, 2);
+    const int64_t half = TILE_ROWS * x.bytes;
+    for (int64_t s = 0; s < steps; s++, a += 2 * half) {
+        const uint8_t *b = weights(s);
         load_tile<4>(a, x.bytes);
         load_tile<6>(b, LINE);
         dot<kind, 0, 4, 6>();
@@ -105,12 +73,18 @@ void multiply(int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, 
     if constexpr (BOTH) store_tile<2>(lower, LINE), store_tile<3>(lower + TILE_BYTES, LINE);
 }
 
-template <int kind>
-void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_t *a, const uint8_t *b, void *sums, bool add,
-              const Next &ahead) {
+template <int kind, class Weights>
+void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_t *a, const Weights &weights, void *sums,
+              bool add) {
     tiles.shape(rows, int(x.bytes));
-    (rows > TILE_ROWS ? multiply<kind, true> : multiply<kind, false>)(steps, x, a, b, sums, add, ahead);
+    if (rows > TILE_ROWS)
+        multiply<kind, true>(steps, x, a, weights, sums, add);
+    else
+        multiply<kind, false>(steps, x, a, weights, sums, add);
 }
+
+// What memory brings next, for the second-level cache: where the first one's few pending lines are not waited for.
+INLINE void fetch(const uint8_t *from) { __builtin_prefetch(from, 0, 2); }
 
 // ---- the forms: how a panel becomes tiles, and what its sums become ---------------------------------------------------
 
@@ -118,8 +92,9 @@ void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_
 //   x: the rows in tiles;
 //   unit(): blocks have a multiple of so many steps;
 //   raw(weight, panel, step): where the panel's inputs from that step on begin, raw_step() bytes for each step;
-//   tiles(weight, panel, step, steps, room): a block as tiles, in the weight itself or in room;
-//   add(...): the block's products, added to the sums of a band; finish(...): the sums' way into y.
+//   tile(weight, panel, step, room): a step as a tile, in the weight itself or in room; fetches what lies AHEAD;
+//   add(...): the products of some steps, added to the sums of a band, where weights(step) is a step's tile;
+//   finish(...): the sums' way into y.
 
 // 16 rows to a task, read side by side. fill(row, room) gives the row's bytes up to a whole step, made in room or not.
 template <class Fill> Rows rows_in_tiles(int64_t rows, int64_t steps, int64_t bytes, const Fill &fill) {
@@ -144,7 +119,7 @@ template <class Value> void finish_rows(const Product &product, int w, int64_t p
     const int64_t start = p * PANEL, size = bytes_of(product.type);
     const int64_t count = std::min<int64_t>(PANEL, product.weights[w]->outputs - start);
     alignas(64) float bias[PANEL] = {}, line[PANEL];
-    const bool biased = product.biases[w];
+    const bool biased = product.biases[w], streamed = product.rows * product.y_strides[w] * size >= STREAMED;
     if (biased) row_to_floats(product.type, static_cast<const uint8_t *>(product.biases[w]) + start * size, count, bias);
     const Floats left_bias = load<Floats>(bias), right_bias = load<Floats>(bias + LANES);
     auto to = static_cast<uint8_t *>(product.ys[w]) + (row * product.y_strides[w] + start) * size;
@@ -152,7 +127,11 @@ template <class Value> void finish_rows(const Product &product, int w, int64_t p
         Floats left = value(r, 0), right = value(r, LANES);
         if (biased) left += left_bias, right += right_bias;
         if (product.type == QUIRE_BF16 && count == PANEL) {
-            store(to, _mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+            const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
+            if (streamed && uintptr_t(to) % 64 == 0)
+                _mm512_stream_si512(reinterpret_cast<__m512i *>(to), halves);
+            else
+                store(to, halves);
         } else {
             store(line, left), store(line + LANES, right);
             floats_to_row(product.type, line, count, to);
@@ -217,18 +196,23 @@ template <class Values> struct Dense {
         return static_cast<const uint8_t *>(product.weights[w]->data) + (p * inputs + step * STEP) * Values::INPUT;
     }
     int64_t raw_step() const { return STEP * Values::INPUT; }
-    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+    const uint8_t *tile(int w, int64_t p, int64_t step, uint8_t *room) const {
         const uint8_t *from = raw(w, p, step);
-        const int64_t count = std::min(steps * STEP, inputs - step * STEP);
+        const int64_t count = std::min(STEP, inputs - step * STEP);
         uint8_t *to = room;
-        for (int64_t i = 0; i + 1 < count; i += 2, to += 2 * TILE_BYTES) Values::pair(from + i * Values::INPUT, true, to);
-        if (count % 2) Values::pair(from + (count - 1) * Values::INPUT, false, to), to += 2 * TILE_BYTES;
-        std::memset(to, 0, size_t(room + steps * STEP_BYTES - to));
+        for (int64_t i = 0; i + 1 < count; i += 2, from += 2 * Values::INPUT, to += 2 * TILE_BYTES) {
+            for (int64_t line = 0; line < 2 * Values::INPUT; line += 64) fetch(from + AHEAD + line);
+            Values::pair(from, true, to);
+        }
+        if (count % 2) Values::pair(from, false, to), to += 2 * TILE_BYTES;
+        if (count < STEP) std::memset(to, 0, size_t(room + STEP_BYTES - to));
         return room;
     }
-    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Next &ahead) const {
-        multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
+    template <class Weights>
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+             float *sums) const {
+        const auto own = [&](int64_t s) { return weights(step + s); };
+        multiply<kind>(tiles, rows, steps, x, x.step(band, step), own, sums, step > 0);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales;
@@ -272,16 +256,20 @@ struct Int8 {
         return static_cast<const uint8_t *>(product.weights[w]->data) + p * panel_bytes + step * STEP_BYTES;
     }
     int64_t raw_step() const { return STEP_BYTES; }
-    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+    const uint8_t *tile(int w, int64_t p, int64_t step, uint8_t *room) const {
+        const uint8_t *from = raw(w, p, step);
+        for (int64_t line = 0; line < STEP_BYTES; line += 64) fetch(from + AHEAD + line);
         const int64_t rest = panel_bytes - step * STEP_BYTES;
-        if (steps * STEP_BYTES <= rest) return raw(w, p, step);
-        std::memcpy(room, raw(w, p, step), size_t(rest));
-        std::memset(room + rest, 0, size_t(steps * STEP_BYTES - rest));
+        if (rest >= STEP_BYTES) return from;
+        std::memcpy(room, from, size_t(rest));
+        std::memset(room + rest, 0, size_t(STEP_BYTES - rest));
         return room;
     }
-    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Next &ahead) const {
-        multiply<kind>(tiles, rows, steps, x, x.step(band, step), b, sums, step > 0, ahead);
+    template <class Weights>
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+             float *sums) const {
+        const auto own = [&](int64_t s) { return weights(step + s); };
+        multiply<kind>(tiles, rows, steps, x, x.step(band, step), own, sums, step > 0);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales + p * PANEL;
@@ -305,41 +293,41 @@ struct Int4 {
         return static_cast<const uint8_t *>(product.weights[w]->data) + (p * inputs + step * bytes) * PANEL / 2;
     }
     int64_t raw_step() const { return bytes * PANEL / 2; }
-    const uint8_t *tiles(int w, int64_t p, int64_t step, int64_t steps, uint8_t *room) const {
+    const uint8_t *tile(int w, int64_t p, int64_t step, uint8_t *room) const {
+        const uint8_t *zeros = product.weights[w]->zeros + (p * x.groups + step / unit()) * PANEL, *from = raw(w, p, step);
+        __m512i zero[2];
+        for (int h = 0; h < 2; h++) zero[h] = (__m512i)(widen(load<Bytes>(zeros + h * LANES)) * 0x01010101u);
         uint8_t *to = room;
-        const uint8_t *from = raw(w, p, step);
-        for (int64_t g = step / unit(); g < (step + steps) / unit(); g++) {
-            const uint8_t *zeros = product.weights[w]->zeros + (p * x.groups + g) * PANEL;
-            __m512i zero[2];
-            for (int h = 0; h < 2; h++) zero[h] = (__m512i)(widen(load<Bytes>(zeros + h * LANES)) * 0x01010101u);
-            for (int64_t i = 0; i < group; i += 8, from += PANEL * 4, to += PANEL * 8)
-                for (int h = 0; h < 2; h++) {
-                    const Words word = load<Words>(from + h * TILE_BYTES);
-                    store(to + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word & 0x0f0f0f0fu), zero[h]));
-                    store(to + PANEL * 4 + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word >> 4 & 0x0f0f0f0fu), zero[h]));
-                }
-        }
+        for (int64_t i = 0; i < bytes; i += 8, from += PANEL * 4, to += PANEL * 8)
+            for (int h = 0; h < 2; h++) {
+                fetch(from + AHEAD + h * TILE_BYTES);
+                const Words word = load<Words>(from + h * TILE_BYTES);
+                store(to + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word & 0x0f0f0f0fu), zero[h]));
+                store(to + PANEL * 4 + h * TILE_BYTES, _mm512_sub_epi8((__m512i)(word >> 4 & 0x0f0f0f0fu), zero[h]));
+            }
         return room;
     }
-    void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t step, int64_t steps, const uint8_t *b, float *sums,
-             const Next &ahead) const {
-        alignas(64) int32_t exact[BAND * PANEL];
-        if (step == 0) std::fill(sums, sums + rows * PANEL, 0.0f);
-        Next next = ahead;
-        for (int64_t s = step; s < step + steps; s += unit(), b += unit() * bytes * PANEL) {
-            multiply<kind>(tiles, rows, unit(), x, x.step(band, s), b, exact, false, next);
-            next.from += unit() * next.lines * 64;
-            const int64_t g = s / unit();
-            const float *scales = product.weights[w]->scales + (p * x.groups + g) * PANEL;
-            const Floats left = load<Floats>(scales), right = load<Floats>(scales + LANES);
-            const float *own = x.scales + band * BAND * x.groups + g;
-            for (int r = 0; r < rows; r++) {
-                const Floats scale = all(own[r * x.groups]);
-                const int at = r * PANEL;
-                store(sums + at, load<Floats>(sums + at) + to_float(load<Ints>(exact + at)) * (scale * left));
-                store(sums + at + LANES,
-                      load<Floats>(sums + at + LANES) + to_float(load<Ints>(exact + at + LANES)) * (scale * right));
-            }
+    // While a group's sums are scaled, the tiles multiply the next one.
+    template <class Weights>
+    void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+             float *sums) const {
+        alignas(64) int32_t exact[2][BAND * PANEL];
+        const int64_t first = step / unit(), end = (step + steps) / unit();
+        for (int64_t g = first; g <= end; g++) {
+            const auto own = [&](int64_t s) { return weights(g * unit() + s); };
+            if (g < end) multiply<kind>(tiles, rows, unit(), x, x.step(band, g * unit()), own, exact[g % 2], false);
+            if (g > first) scale(w, p, band, rows, g - 1, exact[(g - 1) % 2], sums);
+        }
+    }
+    void scale(int w, int64_t p, int64_t band, int rows, int64_t g, const int32_t *exact, float *sums) const {
+        const float *scales = product.weights[w]->scales + (p * x.groups + g) * PANEL;
+        const Floats left = load<Floats>(scales), right = load<Floats>(scales + LANES);
+        const float *own = x.scales + band * BAND * x.groups + g;
+        for (int r = 0; r < rows; r++, sums += PANEL, exact += PANEL) {
+            const Floats scale = all(own[r * x.groups]);
+            const Floats before = g ? load<Floats>(sums) : Floats{}, other = g ? load<Floats>(sums + LANES) : Floats{};
+            store(sums, before + to_float(load<Ints>(exact)) * (scale * left));
+            store(sums + LANES, other + to_float(load<Ints>(exact + LANES)) * (scale * right));
         }
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
@@ -349,45 +337,64 @@ struct Int4 {
 
 // ---- the loops -------------------------------------------------------------------------------------------------------
 
-// For few bands one panel at a time from front to back; for many, blocks of bands and panels that fill the caches.
-template <class Form> void run(const Product &product) {
-    const Form form{product};
-    const int64_t bands = up(product.rows, BAND) / BAND, steps = form.x.steps;
+// One band: a panel's steps are tiles one after the other, its sums stay in the tiles.
+template <class Form> void run_band(const Product &product, const Form &form) {
+    const int rows = int(product.rows);
+    product.over_panels(1, FEW_ROWS_TASKS, [&](int w, int64_t p, int64_t end, int64_t) {
+        alignas(64) uint8_t room[STEP_BYTES];
+        alignas(64) float sums[BAND * PANEL];
+        Tiles tiles;
+        for (; p < end; p++) {
+            form.add(tiles, w, p, 0, rows, 0, form.x.steps, [&](int64_t step) { return form.tile(w, p, step, room); }, sums);
+            form.finish(w, p, 0, rows, sums);
+        }
+    });
+}
+
+// More bands: for few of them one panel at a time from front to back; for many, blocks of bands and panels that fill the caches.
+template <class Form> void run_bands(const Product &product, const Form &form) {
+    const int64_t bands = up(product.rows, BAND) / BAND, steps = form.x.steps, size = form.x.bytes * PANEL;
     const bool many = bands > FEW_BANDS;
     const int64_t blocks = many ? (bands + MANY_BANDS - 1) / MANY_BANDS : 1, most_bands = (bands + blocks - 1) / blocks;
     int64_t panels = 0;
     for (int w = 0; w < product.count; w++) panels += product.panels(w);
     const int64_t even = panels * blocks / (quire::threads() * TASKS_PER_THREAD);
-    const int64_t span = std::min(steps, up(many ? MANY_STEPS : FEW_BYTES / form.raw_step(), form.unit()));
-    // A group of inputs may be as long as the weight is wide: fewer panels then.
-    const int64_t together = many ? std::max<int64_t>(1, std::min({MANY_PANELS, even, MANY_PANELS * MANY_STEPS / span})) : 1;
+    const int64_t span = std::min(steps, up(BLOCK_STEPS, form.unit()));
+    const int64_t together = many ? std::max<int64_t>(1, std::min(MANY_PANELS, even)) : 1;
 
     product.over_panels(blocks, many ? INT64_MAX : FEW_ROWS_TASKS, [&](int w, int64_t p, int64_t end, int64_t block) {
         const int64_t first = bands * block / blocks, last = bands * (block + 1) / blocks;
-        auto turned = static_cast<uint8_t *>(quire::scratch(3, together * span * STEP_BYTES));
+        auto turned = static_cast<uint8_t *>(quire::scratch(3, span * size));
+        auto made = static_cast<const uint8_t **>(quire::scratch(7, span * 8));
         auto sums = static_cast<float *>(quire::scratch(2, together * most_bands * BAND * PANEL * 4));
-        const uint8_t *b[MANY_PANELS];
-        const auto rows = [&](int64_t band) { return int(std::min<int64_t>(BAND, product.rows - band * BAND)); };
-        const auto place = [&](int64_t band, int64_t g) { return sums + ((band - first) * together + g) * BAND * PANEL; };
+        // A band's share of what comes next, for each of its steps.
         const int64_t lines = (form.raw_step() / 64 + last - first - 1) / (last - first);
         Tiles tiles;
-        for (; p < end; p += together) {
-            const int64_t width = std::min(together, end - p);
+        for (; p < end; p += together)
             for (int64_t step = 0; step < steps; step += span) {
                 const int64_t count = std::min(span, steps - step);
-                for (int64_t g = 0; g < width; g++) b[g] = form.tiles(w, p + g, step, count, turned + g * span * STEP_BYTES);
-                for (int64_t band = first; band < last; band++)
-                    for (int64_t g = 0; g < width; g++) {
-                        const bool more = step + count < steps;
-                        const uint8_t *next = more ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
-                        const Next ahead = {next + (band - first) * count * lines * 64, lines, !many};
-                        form.add(tiles, w, p + g, band, rows(band), step, count, b[g], place(band, g), ahead);
+                const bool more = step + count < steps;
+                for (int64_t g = 0; g < std::min(together, end - p); g++) {
+                    for (int64_t s = 0; s < count; s++) made[s] = form.tile(w, p + g, step + s, turned + s * size);
+                    const uint8_t *next = more ? form.raw(w, p + g, step + count) : form.raw(w, p + together + g, 0);
+                    for (int64_t band = first; band < last; band++) {
+                        const int rows = int(std::min<int64_t>(BAND, product.rows - band * BAND));
+                        float *own = sums + ((band - first) * together + g) * BAND * PANEL;
+                        form.add(tiles, w, p + g, band, rows, step, count, [&](int64_t s) {
+                            for (int64_t line = 0; line < lines; line++, next += 64) fetch(next);
+                            return made[s - step];
+                        }, own);
+                        if (!more) form.finish(w, p + g, band * BAND, rows, own);
                     }
+                }
             }
-            for (int64_t band = first; band < last; band++)
-                for (int64_t g = 0; g < width; g++) form.finish(w, p + g, band * BAND, rows(band), place(band, g));
-        }
+        _mm_sfence();  // after streamed lines
     }, together);
+}
+
+template <class Form> void run(const Product &product) {
+    const Form form{product};
+    product.rows <= BAND ? run_band(product, form) : run_bands(product, form);
 }
 
 bool multiply_tiles(const Product &product) {

@@ -58,7 +58,9 @@ void add_transposed(quire::Kernels &kernels);
 }
 namespace amx {
 void add_linear(quire::Kernels &kernels);
+void add_transposed(quire::Kernels &kernels);
 }
 namespace amx_emulated {
 void add_linear(quire::Kernels &kernels);
+void add_transposed(quire::Kernels &kernels);
 }

@@ -7,6 +7,7 @@
 
 #include "vector.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace QUIRE_ISA {
@@ -142,5 +143,31 @@ template <int C, int A, int B> void dot_signed() { dot_bytes<int8_t, C, A, B>();
 template <int C, int A, int B> void dot_unsigned() { dot_bytes<uint8_t, C, A, B>(); }
 
 #endif
+
+// The tiles of one product: 0 to 3 are sums of 32 rows by 32 columns, 4 and 5 rows, 6 and 7 columns.
+class Tiles {
+public:
+    ~Tiles() {
+        if (rows_) release();
+    }
+    // For `rows` rows and steps of `bytes` bytes. Does nothing where the tiles are so already.
+    void shape(int rows, int bytes) {
+        if (rows == rows_) return;
+        rows_ = rows;
+        TileConfig config;
+        const int halves[2] = {std::min(rows, TILE_ROWS), std::max(rows - TILE_ROWS, 0)};
+        for (int h = 0; h < 2; h++)
+            if (halves[h]) {
+                config.rows[2 * h] = config.rows[2 * h + 1] = config.rows[4 + h] = uint8_t(halves[h]);
+                config.bytes[2 * h] = config.bytes[2 * h + 1] = TILE_BYTES, config.bytes[4 + h] = uint16_t(bytes);
+            }
+        config.rows[6] = config.rows[7] = uint8_t(bytes / 4);
+        config.bytes[6] = config.bytes[7] = TILE_BYTES;
+        configure(config);
+    }
+
+private:
+    int rows_ = 0;
+};
 
 }  // namespace QUIRE_ISA

@@ -21,8 +21,7 @@ SHAPES = [(64, 128), (33, 72), (1, 8), (100, 896), (1100, 40), (513, 31)]
 CASES = [(*shape, torch.float32) for shape in SHAPES] + [(*shape, torch.bfloat16) for shape in SHAPES[1:4]]
 
 
-# AMX has no kernels of its own here.
-@pytest.fixture(params=[name for name in library.isas() if "amx" not in name])
+@pytest.fixture(params=library.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     best = library.isa()
     library.set_isa(request.param)
