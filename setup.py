@@ -35,7 +35,7 @@ X86 = {
 # Two sets that multiply beside the kernels of avx512. AMX's tiles are also emulated, for tests on machines that have none.
 BF16 = f"{X86['avx512']} -mavx512bf16"
 PAIRS = ("dense", "attention", "transposed")
-TILES = ("amx", "amx_transposed")
+TILES = ("amx", "amx_transposed", "attention")
 AMX = f"{BF16} -mavx512vbmi"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 
@@ -86,10 +86,10 @@ class BuildNative(build_ext):
             own = ["-DQUIRE_ISA=avx512_bf16", *BF16.split()]
             jobs += [(name, objects / f"{name}_bf16.o", own) for name in PAIRS]
         if amx:
-            real = ["-DQUIRE_ISA=amx", *AMX.split(), *AMX_TILES.split()]
-            emulated = ["-DQUIRE_ISA=amx_emulated", "-DQUIRE_EMULATED", *AMX.split()]
+            real = ["-DQUIRE_ISA=amx", "-DQUIRE_TILES", *AMX.split(), *AMX_TILES.split()]
+            emulated = ["-DQUIRE_ISA=amx_emulated", "-DQUIRE_TILES", "-DQUIRE_EMULATED", *AMX.split()]
             for name in TILES:
-                jobs += [(name, objects / f"{name}.o", real), (name, objects / f"{name}_emulated.o", emulated)]
+                jobs += [(name, objects / f"{name}_tiles.o", real), (name, objects / f"{name}_emulated.o", emulated)]
 
         def compile_one(job: tuple[str, Path, list[str]]) -> None:
             name, made, own = job

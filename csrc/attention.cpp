@@ -12,7 +12,8 @@
 //
 // Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows and caches of what bfloat16
 // holds: a chain takes two dimensions or two keys at once, a score is scaled when it is complete, and weights are rounded to
-// bfloat16 before they are summed and multiply the values.
+// bfloat16 before they are summed and multiply the values. Compiled for AMX it is one more, whose chains are those of tiles
+// (attention_tiles.h), for heads of whole tiles.
 //
 // Scales of a quantized cache: q (or the score) is multiplied by `scale` and by the keys' scale; the finished output by the
 // values'.
@@ -20,6 +21,11 @@
 #include "kernels.h"
 #include "pool.h"
 #include "spans.h"
+#if defined(QUIRE_TILES)
+#include "attention_tiles.h"
+#else
+#include "attention_chains.h"
+#endif
 
 #include <cfloat>
 #include <vector>
@@ -27,110 +33,32 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int64_t TASK_ROWS = 168;  // rows that share the decoding of a span
 constexpr bool PAIRS = Link::NUMBERS == 2;
-constexpr int SPAN_LINKS = SPAN / Link::NUMBERS;  // of keys
-
-// Queries are scaled before they are multiplied, unless they have to stay bfloat16.
-INLINE Floats scaled(Floats score, float scale) { return PAIRS ? score * scale : score; }
-
-// ---- products --------------------------------------------------------------------------------------------------------
-
-// sums[r][p][v] is one chain over links i of x(i, r) * w(p, i, v): x(i, r) at x[i * STEP + r * ROW], panel p at w + p * panel,
-// of which EACH vectors are read.
-template <int ROWS, int PANELS, int EACH, int WIDTH, int STEP, int ROW>
-INLINE void chains(int64_t count, const float *x, const float *w, int64_t panel, Floats (&sums)[ROWS][PANELS * EACH]) {
-    for (int64_t i = 0; i < count; i++) {
-        Link::Values values[PANELS * EACH];
-        for (int p = 0; p < PANELS; p++)
-            for (int v = 0; v < EACH; v++) values[p * EACH + v] = load<Link::Values>(w + p * panel + i * WIDTH + v * LANES);
-        for (int r = 0; r < ROWS; r++) {
-            const auto factor = Link::factor(x + i * STEP + r * ROW);
-            for (int v = 0; v < PANELS * EACH; v++) sums[r][v] = Link::add(sums[r][v], values[v], factor);
-        }
-    }
-}
-
-// Few rows leave registers free: more panels at a time hide the latency of the chains.
-constexpr int panels_for(int rows) {
-    if (LANES == 16) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
-    return rows == 1 ? 2 : 1;
-}
-
-// Scores of ROWS queries [links][ROWS] with the keys of PANELS panels, times `scale`, into scores [ROWS][128].
-template <int ROWS, int PANELS>
-INLINE void score_some(int64_t links, const float *q, const float *keys, float scale, float *scores) {
-    constexpr int EACH = pass_for(ROWS), SUMS = PANELS * EACH;
-    for (int first = 0; first < PARTS; first += EACH) {
-        Floats sums[ROWS][SUMS];
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) sums[r][v] = Floats{};
-        chains<ROWS, PANELS, EACH, PANEL, ROWS, 1>(links, q, keys + first * LANES, links * PANEL, sums);
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++)
-                store(scores + r * SPAN + v / EACH * PANEL + (first + v % EACH) * LANES, scaled(sums[r][v], scale));
-    }
-}
-
-template <int ROWS>
-void score(int64_t links, const float *q, const float *keys, int panel, int last, float scale, float *scores) {
-    constexpr int TOGETHER = panels_for(ROWS);
-    for (; panel + TOGETHER <= last; panel += TOGETHER)
-        score_some<ROWS, TOGETHER>(links, q, keys + panel * links * PANEL, scale, scores + panel * PANEL);
-    for (; panel < last; panel++) score_some<ROWS, 1>(links, q, keys + panel * links * PANEL, scale, scores + panel * PANEL);
-}
-
-// out [ROWS][stride] = out * fade + weights [ROWS][128] times the values of links [begin, end), for some dimensions.
-template <int ROWS, int PANELS, int WIDTH>
-INLINE void mix_some(int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
-                     float *out) {
-    constexpr int EACH = std::min(pass_for(ROWS), WIDTH / LANES), SUMS = PANELS * EACH;
-    for (int first = 0; first < WIDTH / LANES; first += EACH) {
-        const auto place = [&](int r, int v) { return out + r * stride + v / EACH * WIDTH + (first + v % EACH) * LANES; };
-        Floats sums[ROWS][SUMS];
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) sums[r][v] = load<Floats>(place(r, v)) * fade[r];
-        const float *from = values + begin * WIDTH + first * LANES;
-        chains<ROWS, PANELS, EACH, WIDTH, 1, SPAN>(end - begin, weights + begin, from, PANEL * SPAN_LINKS, sums);
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < SUMS; v++) store(place(r, v), sums[r][v]);
-    }
-}
-
-template <int ROWS>
-void mix(int64_t size, int begin, int end, const float *weights, const float *values, const float *fade, int64_t stride,
-         float *out) {
-    constexpr int TOGETHER = panels_for(ROWS);
-    int64_t d = 0;
-    for (; d + TOGETHER * PANEL <= size; d += TOGETHER * PANEL)
-        mix_some<ROWS, TOGETHER, PANEL>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
-    for (; d < size && panel_width(size, d) == PANEL; d += PANEL)
-        mix_some<ROWS, 1, PANEL>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
-    if (d < size) mix_some<ROWS, 1, 16>(begin, end, weights, values + d * SPAN_LINKS, fade, stride, out + d);
-}
-
-struct Products {
-    void (*score)(int64_t, const float *, const float *, int, int, float, float *);
-    void (*mix)(int64_t, int, int, const float *, const float *, const float *, int64_t, float *);
-};
-
-Products products_for(int rows) {
-    return for_rows(rows, [](auto n) -> Products { return {score<n()>, mix<n()>}; });
-}
 
 // ---- a row's weights of a span ---------------------------------------------------------------------------------------
 
-// What a row has folded so far.
+// What a row has folded so far: the largest exponent, the sum of weights.
 struct Folded {
     float best, total;
 };
 
+// How products become the exponents of weights: times `scale`, softly capped, times `unit`.
+struct Bend {
+    float scale = 1.0f, softcap, unit = 1.0f;
+
+    Bend(const quire_attention &call, int64_t kv_head) : softcap(call.softcap) {
+        if (!PAIRS) return;  // queries were scaled before they were multiplied, which pairs of bfloat16 cannot be
+        scale = call.kv.scales ? call.scale * call.kv.scales[kv_head] : call.scale;
+        unit = 1.44269504f * (softcap != 0.0f ? 1.0f : std::max(scale, FLT_MIN));  // -infinity times 0 were no number
+    }
+};
+
 // Scores [first, last), multiples of 32, of which [begin, end) may be seen: softly capped, the hidden ones -infinity.
 // Returns the largest.
-INLINE float hide(float *scores, int first, int last, int begin, int end, float softcap) {
-    if (softcap != 0.0f)
+INLINE float hide(float *scores, int first, int last, int begin, int end, const Bend &bend) {
+    if (bend.softcap != 0.0f)
         for (int i = first; i < last; i += LANES)
-            store(scores + i, softcap * tanh(load<Floats>(scores + i) / softcap));
+            store(scores + i, bend.softcap * tanh(load<Floats>(scores + i) * bend.scale / bend.softcap));
     Floats places;
     if (begin > first || end < last) {
         for (int i = 0; i < LANES; i++) places[i] = float(i);
@@ -149,40 +77,61 @@ INLINE float hide(float *scores, int first, int last, int begin, int end, float 
 }
 
 #if defined(__AVX512BF16__)
-// exp of x <= 0, right to 1e-4 before it is rounded; from -87.3 down exactly 0. NaN stays NaN.
-INLINE Halves rounded_exp(Floats x) {
+
+// 2^x of x <= 0, right to 1e-4; what bfloat16 has no normal number for becomes denormal or 0. NaN stays NaN.
+INLINE Floats power(Floats x) {
     const Floats shift = all(12582912.0f);  // as in exp()
-    x = larger(all(-88.0f), x);
-    const Floats shifted = fma(x, all(1.44269504f), shift), r = fma(x, all(1.44269504f), shift - shifted);
+    x = larger(all(-127.0f), x);
+    const Floats shifted = x + shift, r = x - (shifted - shift);
     Floats p = fma(all(0.0550091f), r, all(0.242210984f));
     p = fma(fma(p, r, all(0.6932829f)), r, all(1.0f));
-    const Floats out = bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
-    return bf16_of_floats(out);  // denormal numbers become 0
+    return bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
 }
-#endif
+INLINE float fade_of(float x) { return exp(all(x * 0.693147181f))[0]; }
 
-// Scores into weights; their sum, and the fade of what was folded before, are taken into account.
-INLINE float weigh(float *scores, int first, int last, float high, Folded &folded) {
-    const float highest = folded.best > high ? folded.best : high;
-    const float base = highest == -INFINITY ? 0.0f : highest;
+// Weights 2^(score * unit - base), rounded to bfloat16, which makes 0 of denormal numbers, into the row's first half: what lies
+// there was read. Returns their sum, of sixteen chains each for the even and the odd keys.
+INLINE float weights_of(float *scores, int first, int last, float unit, float base) {
+    Floats sums[2] = {};
+    for (int i = first; i < last; i += 2 * LANES) {
+        Floats weights[2];
+        for (int v = 0; v < 2; v++)
+            weights[v] = power(fma(load<Floats>(scores + i + v * LANES), all(unit), all(-base)));
+        const Words rounded = (Words)_mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
+        store(scores + i / 2, rounded);
+        sums[0] += bits<Floats>(rounded << 16), sums[1] += bits<Floats>(rounded & 0xffff0000u);
+    }
+    return sum(Sixteen{{sums[0] + sums[1]}});
+}
+
+#else
+
+INLINE float fade_of(float x) { return exp(all(x))[0]; }
+
+// Weights exp(score - base) in place of the scores. Returns their sum.
+INLINE float weights_of(float *scores, int first, int last, float, float base) {
     Sixteen sums{};
     for (int i = first; i < last; i += 16)
         for (int v = 0; v < Sixteen::COUNT; v++) {
-            Floats weight = load<Floats>(scores + i + v * LANES) - base;
-#if defined(__AVX512BF16__)
-            const Halves rounded = rounded_exp(weight);  // into the row's first half: what lies there was read
-            store(scores + (i + v * LANES) / 2, rounded);
-            weight = floats_of_bf16(rounded);
-#else
-            weight = exp(weight);
+            const Floats weight = exp(load<Floats>(scores + i + v * LANES) - base);
             store(scores + i + v * LANES, weight);
-#endif
             sums.part[v] += weight;
         }
+    return sum(sums);
+}
+
+#endif
+
+// Scores into weights; their sum, and the fade of what was folded before, are taken into account.
+INLINE float weigh(float *scores, int first, int last, float high, float unit, Folded &folded) {
+    high *= unit;
+    const float highest = folded.best > high ? folded.best : high;
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    const float total = weights_of(scores, first, last, unit, base);
     // While a row's maximum stands, which is nearly always, there is nothing to compute: exp(0) is 1.
-    const float fade = folded.best == base ? 1.0f : exp(all(folded.best - base))[0];
+    const float fade = folded.best == base ? 1.0f : fade_of(folded.best - base);
     folded.best = highest;
-    folded.total = folded.total * fade + sum(sums);
+    folded.total = folded.total * fade + total;
     return fade;
 }
 
@@ -198,10 +147,10 @@ struct Plan {
 
     Plan(const quire_attention &call, int threads) : first(size_t(call.sequences) + 1) {
         const int64_t kv_heads = call.kv.kv_heads, group = call.heads / kv_heads;
-        rows = std::max<int64_t>(1, TASK_ROWS / group);
+        rows = std::max<int64_t>(1, Products::TASK_ROWS / group);
         count(call);
         // Few long runs: shorter ones, then fewer heads to each, until every thread has its share.
-        while (tasks * kv_heads < 3 * threads && rows * group > 4 * MOST_ROWS && rows > 1)
+        while (tasks * kv_heads < 3 * threads && rows * group > 4 * Products::TOGETHER && rows > 1)
             rows = (rows + 1) / 2, count(call);
         parts = 1;
         while (tasks * kv_heads * parts < threads && parts * 2 <= group) parts *= 2;
@@ -281,16 +230,16 @@ struct Span {
     }
 };
 
-// A task's memory: one block of the thread's scratch, cut up.
+// A task's memory: one block of the thread's scratch, cut up. `whole`: a row's dimensions up to whole links.
 struct Room {
     float *q, *keys, *values, *weights, *out, *line;
     Folded *folded;
 
-    Room(int64_t rows, int64_t size, int64_t padded) {
+    Room(int64_t rows, int64_t whole, int64_t padded) {
         int64_t used = 0;
         auto take = [&](int64_t count) { return (used += up(count, 16)) - up(count, 16); };
-        const int64_t places[] = {take(rows * size),        take(SPAN * size),   take(SPAN * padded),
-                                  take(MOST_ROWS * SPAN), take(rows * padded), take(padded),       take(2 * rows)};
+        const int64_t places[] = {take(rows * whole),  take(SPAN * whole), take(SPAN * padded), take(Products::TOGETHER * SPAN),
+                                  take(rows * padded), take(whole + 16),   take(2 * rows)};
         auto all = static_cast<float *>(quire::scratch(0, used * 4));
         float **members[] = {&q, &keys, &values, &weights, &out, &line};
         for (int i = 0; i < 6; i++) *members[i] = all + places[i];
@@ -302,13 +251,14 @@ struct Room {
 struct Formats {
     void (*read_query)(const uint8_t *, int64_t, float, const float *, float *) = nullptr;
     void (*write_output)(const float *, int64_t, float, const float *, uint8_t *) = nullptr;
-    void (*decode_keys)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, float *) = nullptr;
+    void (*decode_keys)(const uint8_t *const *, const uint8_t *const *, int, int, int64_t, int64_t, float *) = nullptr;
     void (*decode_values)(const uint8_t *const *, int, int, int64_t, float *) = nullptr;
 };
 
 template <int type> void read_query(const uint8_t *x, int64_t size, float scale, const float *keys_scale, float *out) {
     if (PAIRS) {
         std::memcpy(out, x, size_t(size) * 2);
+        for (int64_t i = size / 2; i < up(size, Products::UNIT) / 2; i++) out[i] = 0.0f;
         return;
     }
     for (int64_t i = 0; i < size; i += LANES) {
@@ -330,30 +280,30 @@ void write_output(const float *sums, int64_t size, float total, const float *val
 // `following`: the task that this thread most likely takes next, or NULL; memory brings what it begins with.
 void attend(const Task &task, const Task *following, const Formats &formats) {
     const quire_attention &call = task.call;
-    const int64_t size = call.kv.size, links = size / Link::NUMBERS, padded = up(size, 16), rows = task.rows * task.heads;
-    const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    auto start = [&](int64_t t) { return rows * t / tiles; };
+    const int64_t size = call.kv.size, whole = up(size, Products::UNIT), links = whole / Link::NUMBERS;
+    const int64_t padded = up(size, 16), rows = task.rows * task.heads;
+    const int64_t tiles = (rows + Products::TOGETHER - 1) / Products::TOGETHER;
+    auto start = [&](int64_t t) { return Products::start(t, tiles, rows); };
     auto place_of = [&](int64_t m) { return task.position + m / task.heads; };
-    const Room room(rows, size, padded);
+    const Room room(rows, whole, padded);
     const float *scales = call.kv.scales;
-    const float scale = scales ? call.scale * scales[task.kv_head] : call.scale;  // where the scores are what is scaled
+    const Bend bend(call, task.kv_head);
     const int64_t each = bytes_of_type(call.type);
 
     for (int64_t t = 0; t < tiles; t++) {
-        const int64_t count = start(t + 1) - start(t);
-        float *to = room.q + start(t) * links;
-        for (int64_t r = 0; r < count; r++) {
+        const auto query = [&](int64_t r, float *line) {
             const int64_t m = start(t) + r;
             const int64_t from = (task.row + m / task.heads) * call.q.token + (task.head + m % task.heads) * call.q.head;
-            formats.read_query(bytes(call.q.data) + from * each, size, call.scale, scales ? scales + task.kv_head : nullptr,
-                               room.line);
-            for (int64_t i = 0; i < links; i++) std::memcpy(to + i * count + r, room.line + i, 4);
-        }
+            const float *keys_scale = scales ? scales + task.kv_head : nullptr;
+            formats.read_query(bytes(call.q.data) + from * each, size, call.scale, keys_scale, line);
+        };
+        Products::arrange(links, start(t + 1) - start(t), query, room.line, room.q + start(t) * links);
     }
     std::fill(room.out, room.out + rows * padded, 0.0f);
     std::fill(room.folded, room.folded + rows, Folded{-INFINITY, 0.0f});
 
-    float fade[MOST_ROWS];
+    Products products;
+    float fade[Products::TOGETHER];
     const int64_t first = task.first_place() / SPAN, last = task.last_place() / SPAN;
     Span spans[2];
     spans[0].locate(task, first);
@@ -367,16 +317,16 @@ void attend(const Task &task, const Task *following, const Formats &formats) {
         else
             next.locate(task, number + 1);
         auto within = [&](int64_t place) { return int(std::clamp<int64_t>(place - number * SPAN, 0, SPAN)); };
-        formats.decode_keys(span.keys, next.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, room.keys);
-        formats.decode_values(span.values, span.low / Link::NUMBERS * Link::NUMBERS, int(up(span.high, Link::NUMBERS)), size,
-                              room.values);
+        formats.decode_keys(span.keys, next.keys, span.low / LANES * LANES, int(up(span.high, LANES)), size, links, room.keys);
+        formats.decode_values(span.values, int(span.low / Products::UNIT * Products::UNIT), int(up(span.high, Products::UNIT)),
+                              size, room.values);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t m = start(t), count = start(t + 1) - m;
             const int begin = within(task.lowest_seen(place_of(m))), end = within(place_of(m + count - 1) + 1);
             if (begin >= end) continue;
-            const Products products = products_for(int(count));
+            products.set_rows(int(count));
             const int panel = begin / PANEL, end_panel = (end + PANEL - 1) / PANEL;
-            products.score(links, room.q + m * links, room.keys, panel, end_panel, scale, room.weights);
+            products.score(links, room.q + m * links, room.keys, panel, end_panel, room.weights);
             for (int64_t r = 0; r < count; r++) {
                 const int64_t place = place_of(m + r);
                 // Requests for memory that come evenly are served beside the arithmetic; a burst of them stops it.
@@ -384,11 +334,10 @@ void attend(const Task &task, const Task *following, const Formats &formats) {
                     fetch(next.values[i], next.row_bytes);
                 float *weights = room.weights + r * SPAN;
                 const float high = hide(weights, panel * PANEL, end_panel * PANEL, within(task.lowest_seen(place)),
-                                        within(place + 1), call.softcap);
-                fade[r] = weigh(weights, panel * PANEL, end_panel * PANEL, high, room.folded[m + r]);
+                                        within(place + 1), bend);
+                fade[r] = weigh(weights, panel * PANEL, end_panel * PANEL, high, bend.unit, room.folded[m + r]);
             }
-            products.mix(size, begin / Link::NUMBERS, (end + Link::NUMBERS - 1) / Link::NUMBERS, room.weights, room.values,
-                         fade, padded, room.out + m * padded);
+            products.mix(size, begin, end, room.weights, room.values, fade, padded, room.out + m * padded);
         }
     }
 

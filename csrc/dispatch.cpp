@@ -40,14 +40,14 @@ void add_pairs([[maybe_unused]] Isas &found) {
 #endif
 }
 
-// In front of AVX-512, whose kernels do all but products with packed weights and their gradients.
+// In front of AVX-512, whose kernels do all but products with packed weights, their gradients, and attention.
 void add_amx(Isas &found) {
     const Isa avx512 = found.list.back();
     const char *refused = quire::amx_refused();
 #if defined(QUIRE_AMX)
     if (!refused) {
         Isa tiles = {"amx", avx512.kernels};
-        amx::add_linear(tiles.kernels), amx::add_transposed(tiles.kernels);
+        amx::add_linear(tiles.kernels), amx::add_attention(tiles.kernels), amx::add_transposed(tiles.kernels);
         if (quire::same_products(tiles.kernels, avx512.kernels))
             found.list.insert(found.list.begin(), tiles);
         else
@@ -82,8 +82,8 @@ Isas find() {
     if (avx512_here && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) {
         ADD(avx512);
         found.list.back().name = "amx-emulated";
-        amx_emulated::add_linear(found.list.back().kernels);
-        amx_emulated::add_transposed(found.list.back().kernels);
+        quire::Kernels &kernels = found.list.back().kernels;
+        amx_emulated::add_linear(kernels), amx_emulated::add_attention(kernels), amx_emulated::add_transposed(kernels);
     }
 #endif
 #elif defined(__aarch64__)

@@ -58,9 +58,11 @@ void add_transposed(quire::Kernels &kernels);
 }
 namespace amx {
 void add_linear(quire::Kernels &kernels);
+void add_attention(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }
 namespace amx_emulated {
 void add_linear(quire::Kernels &kernels);
+void add_attention(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }

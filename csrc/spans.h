@@ -28,14 +28,15 @@ template <int type> INLINE Link::Values link_of_words(Words w, int j) {
 #endif
 }
 
-// Keys [begin, end) of a span, both multiples of LANES, into [panel of 32 keys][links][32]. Transposed as words, of one to four
-// numbers each, and widened afterwards. `ahead`: rows that are needed next; memory brings them meanwhile.
+// Keys [begin, end) of a span, both multiples of LANES, into [panel of 32 keys][links][32], zeros past the size. Transposed as
+// words, of one to four numbers each, and widened afterwards. `ahead`: rows that are needed next; memory brings them meanwhile.
 template <int type>
-void decode_keys(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, float *out) {
+void decode_keys(const uint8_t *const *rows, const uint8_t *const *ahead, int begin, int end, int64_t size, int64_t links,
+                 float *out) {
     constexpr int BYTES = Element<type>::BYTES * Link::NUMBERS, EACH = 4 / BYTES, WIDTH = LANES * 4;
     const int64_t row_bytes = size * Element<type>::BYTES, whole = row_bytes / WIDTH * WIDTH, rest = row_bytes - whole;
     for (int key = begin; key < end; key += LANES) {
-        float *to = out + key / PANEL * (size / Link::NUMBERS) * PANEL + key % PANEL;
+        float *to = out + key / PANEL * links * PANEL + key % PANEL;
         for (int i = 0; i < LANES; i++) fetch(ahead[key + i], row_bytes);
         Words words[LANES];
         for (int64_t from = 0; from < whole; from += WIDTH) {
@@ -44,10 +45,12 @@ void decode_keys(const uint8_t *const *rows, const uint8_t *const *ahead, int be
             for (int i = 0; i < LANES; i++)
                 for (int j = 0; j < EACH; j++, to += PANEL) store(to, link_of_words<type>(words[i], j));
         }
-        if (!rest) continue;
-        for (int i = 0; i < LANES; i++) words[i] = load_some<Words>(rows[key + i] + whole, rest);
-        transpose(words);
-        for (int i = 0; i < rest / BYTES; i++, to += PANEL) store(to, link_of_words<type>(words[i / EACH], i % EACH));
+        if (rest) {
+            for (int i = 0; i < LANES; i++) words[i] = load_some<Words>(rows[key + i] + whole, rest);
+            transpose(words);
+            for (int i = 0; i < rest / BYTES; i++, to += PANEL) store(to, link_of_words<type>(words[i / EACH], i % EACH));
+        }
+        for (int64_t i = size / Link::NUMBERS; i < links; i++, to += PANEL) store(to, Floats{});
     }
 }
 

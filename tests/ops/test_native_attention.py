@@ -19,6 +19,7 @@ from tests.ops.shapes import CHUNKS, AttentionShape, borders, exact_attention, t
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+PAIRED = ("amx", "amx-emulated", "avx512_bf16")
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 SHAPES = (
     AttentionShape(14, 2, 64, block=16),
@@ -89,14 +90,14 @@ def assert_near(got: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(isa: str, shape: AttentionShape, dtype: torch.dtype) -> None:
-    """Packed and paged in every cache type that holds the rows exactly: near float64, and the same bits. AVX512_BF16 sums
-    pairs where the cache is bfloat16, too."""
+    """Packed and paged in every cache type that holds the rows exactly: near float64, and the same bits. AVX512_BF16 and
+    AMX sum pairs where the cache is bfloat16, too."""
     total = 300
     q, k, v = qkv(total, shape, dtype)
     exact = exact_attention(q.double(), k.double(), v.double(), shape)
     expected = cpu.packed_attention(q, k, v, (0, total), **options_of(shape))
     assert_near(expected, exact)
-    for cached in {dtype} if isa == "avx512_bf16" else {dtype, torch.float32}:
+    for cached in {dtype} if isa in PAIRED else {dtype, torch.float32}:
         keys, values, table = cache_of(k, v, shape, cached)
         out = cpu.paged_attention(q, keys, values, table, (0, total), (total,), **options_of(shape))
         assert torch.equal(out, expected)
