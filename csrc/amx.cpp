@@ -351,7 +351,7 @@ template <class Form> void run_band(const Product &product, const Form &form) {
     });
 }
 
-// More bands: for few of them one panel at a time from front to back; for many, blocks of bands and panels that fill the caches.
+// More bands: for few of them one panel at a time from front to back; for many, blocks of bands and panels that fill caches.
 template <class Form> void run_bands(const Product &product, const Form &form) {
     const int64_t bands = up(product.rows, BAND) / BAND, steps = form.x.steps, size = form.x.bytes * PANEL;
     const bool many = bands > FEW_BANDS;

@@ -1,9 +1,9 @@
 // Products with packed weights the other way round, as transposed.cpp's, on AMX's tiles: dx = dy W for bfloat16 dy and weights.
 //
-// A panel's 32 outputs of an input lie side by side, which is a row of a tile: so the product is made as dx^T = W^T dy^T, 32 inputs
-// by 32 rows at a time, and the weights are loaded as they lie. A step is a panel: its outputs j and j + 16 are a pair. dy is turned
-// once, each sum is one chain over the panels of one weight after the other, stored whole between blocks. Other types go to the next
-// instruction set.
+// A panel's 32 outputs of an input lie side by side, which is a row of a tile: so the product is made as dx^T = W^T dy^T, 32
+// inputs by 32 rows at a time, and the weights are loaded as they lie. A step is a panel: its outputs j and j + 16 are a pair.
+// dy is turned once, each sum is one chain over the panels of one weight after the other, stored whole between blocks. Other
+// types go to the next instruction set.
 #include "kernels.h"
 #include "product.h"
 #include "tiles.h"
@@ -104,7 +104,8 @@ decltype(quire::Kernels::linears_backward) others;
 int linears_backward(int count, const quire_weight *const *weights, int dy_type, int type, int64_t rows, const void *const *dys,
                      const int64_t *dy_strides, void *dx, int64_t dx_stride) {
     const bool tiled = dy_type == QUIRE_BF16 && std::all_of(weights, weights + count, [&](const quire_weight *weight) {
-        return weight->form == QUIRE_DENSE && weight->type == QUIRE_BF16 && !weight->scales && weight->inputs == weights[0]->inputs;
+        const bool dense = weight->form == QUIRE_DENSE && weight->type == QUIRE_BF16 && !weight->scales;
+        return dense && weight->inputs == weights[0]->inputs;
     });
     if (!tiled || bytes_of(type) < 2) return others(count, weights, dy_type, type, rows, dys, dy_strides, dx, dx_stride);
     const Panels panels(count, weights);
@@ -131,9 +132,9 @@ int linears_backward(int count, const quire_weight *const *weights, int dy_type,
                         float *own = sums + ((block - first) * bands + band) * BAND * BAND;
                         multiply(size, inputs, turned + (band * steps + step) * STEP_BYTES, own, step > 0);
                         if (step + size < steps) continue;
-                        const int64_t row = start + band * BAND, place = row * dx_stride + block * BAND;
-                        finish(own, std::min<int64_t>(BAND, panels.inputs - block * BAND), std::min<int64_t>(BAND, rows - row), type,
-                               static_cast<uint8_t *>(dx) + place * bytes_of(type), dx_stride * bytes_of(type));
+                        const int64_t row = start + band * BAND, input = block * BAND, each = bytes_of(type);
+                        finish(own, std::min<int64_t>(BAND, panels.inputs - input), std::min<int64_t>(BAND, rows - row), type,
+                               static_cast<uint8_t *>(dx) + (row * dx_stride + input) * each, dx_stride * each);
                     }
                 }
             }

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt
 WHILE_LOADING = 1 << 20
-# The buffers of steps are kept, those above 32 MiB too, from where on glibc would give each one back and the system clear its pages
-# for the next: a seventh of a prompt of 2,048 tokens.
+# The buffers of steps are kept, those above 32 MiB too, which glibc would give back each time and the system clear again for
+# the next: a seventh of a prompt of 2,048 tokens.
 KEPT = 256 << 20
 
 
