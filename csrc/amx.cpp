@@ -16,11 +16,11 @@ namespace {
 
 constexpr int BAND = 2 * TILE_ROWS;                    // rows of x that pass together
 constexpr int64_t STEP_BYTES = TILE_ROWS * PANEL * 4;  // a step of a panel: 16 lines, each of 32 outputs' pairs or fours
-constexpr int64_t AHEAD = 3072;                       // bytes between a read and its prefetch
-constexpr int64_t FEW_BANDS = 4;                      // until here reading the weight is what takes the time
-constexpr int64_t BLOCK_STEPS = 8;                    // with those of a band's rows they fill the first-level cache
-constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 16;   // they share what lies in the second-level cache
-constexpr int64_t STREAMED = int64_t(8) << 20;        // bytes of a result that no cache keeps: its lines are not read first
+constexpr int64_t AHEAD = 3072;                        // bytes between a read and its prefetch
+constexpr int64_t FEW_BANDS = 4;                       // until here reading the weight is what takes the time
+constexpr int64_t BLOCK_STEPS = 8;                     // with those of a band's rows they fill the first-level cache
+constexpr int64_t MANY_PANELS = 8, MANY_BANDS = 16;    // they share what lies in the second-level cache
+constexpr int64_t STREAMED = int64_t(8) << 20;         // bytes of a result that no cache keeps: its lines are not read first
 constexpr int64_t TASKS_PER_THREAD = 4;
 
 // x in tiles: [band][step][half band][16 rows][bytes of a step], zeros past the inputs. For integers also the rows' scales
@@ -43,9 +43,9 @@ template <int kind, int C, int A, int B> INLINE void dot() {
     if constexpr (kind == Dots::UNSIGNED) dot_unsigned<C, A, B>();
 }
 
-// sums [32, 32] = or += rows times weights over `steps` steps: weights(s) is the tile of step s.
+// sums [32, 32] = or += a band of rows times weights over steps [first, end): weights(s) is the tile of step s.
 template <int kind, bool BOTH, class Weights>
-void multiply(int64_t steps, const Rows &x, const uint8_t *a, const Weights &weights, void *sums, bool add) {
+void multiply(const Rows &x, int64_t band, int64_t first, int64_t end, const Weights &weights, void *sums, bool add) {
     constexpr int64_t LINE = PANEL * 4;  // of sums and of the weights
     auto c = static_cast<uint8_t *>(sums), lower = c + TILE_ROWS * LINE;
     if (add) {
@@ -56,7 +56,8 @@ void multiply(int64_t steps, const Rows &x, const uint8_t *a, const Weights &wei
         if constexpr (BOTH) zero<2>(), zero<3>();
     }
     const int64_t half = TILE_ROWS * x.bytes;
-    for (int64_t s = 0; s < steps; s++, a += 2 * half) {
+    const uint8_t *a = x.step(band, first);
+    for (int64_t s = first; s < end; s++, a += 2 * half) {
         const uint8_t *b = weights(s);
         load_tile<4>(a, x.bytes);
         load_tile<6>(b, LINE);
@@ -74,13 +75,13 @@ void multiply(int64_t steps, const Rows &x, const uint8_t *a, const Weights &wei
 }
 
 template <int kind, class Weights>
-void multiply(Tiles &tiles, int rows, int64_t steps, const Rows &x, const uint8_t *a, const Weights &weights, void *sums,
-              bool add) {
+void multiply(Tiles &tiles, const Rows &x, int64_t band, int rows, int64_t first, int64_t end, const Weights &weights,
+              void *sums, bool add) {
     tiles.shape(rows, int(x.bytes));
     if (rows > TILE_ROWS)
-        multiply<kind, true>(steps, x, a, weights, sums, add);
+        multiply<kind, true>(x, band, first, end, weights, sums, add);
     else
-        multiply<kind, false>(steps, x, a, weights, sums, add);
+        multiply<kind, false>(x, band, first, end, weights, sums, add);
 }
 
 // What memory brings next, for the second-level cache: where the first one's few pending lines are not waited for.
@@ -93,7 +94,7 @@ INLINE void fetch(const uint8_t *from) { __builtin_prefetch(from, 0, 2); }
 //   unit(): blocks have a multiple of so many steps;
 //   raw(weight, panel, step): where the panel's inputs from that step on begin, raw_step() bytes for each step;
 //   tile(weight, panel, step, room): a step as a tile, in the weight itself or in room; fetches what lies AHEAD;
-//   add(...): the products of some steps, added to the sums of a band, where weights(step) is a step's tile;
+//   add(...): the products of steps [first, end), added to the sums of a band, where weights(step) is a step's tile;
 //   finish(...): the sums' way into y.
 
 // 16 rows to a task, read side by side. fill(row, room) gives the row's bytes up to a whole step, made in room or not.
@@ -209,10 +210,9 @@ template <class Values> struct Dense {
         return room;
     }
     template <class Weights>
-    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t first, int64_t end, const Weights &weights,
              float *sums) const {
-        const auto own = [&](int64_t s) { return weights(step + s); };
-        multiply<kind>(tiles, rows, steps, x, x.step(band, step), own, sums, step > 0);
+        multiply<kind>(tiles, x, band, rows, first, end, weights, sums, first > 0);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales;
@@ -266,10 +266,9 @@ struct Int8 {
         return room;
     }
     template <class Weights>
-    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+    void add(Tiles &tiles, int, int64_t, int64_t band, int rows, int64_t first, int64_t end, const Weights &weights,
              float *sums) const {
-        const auto own = [&](int64_t s) { return weights(step + s); };
-        multiply<kind>(tiles, rows, steps, x, x.step(band, step), own, sums, step > 0);
+        multiply<kind>(tiles, x, band, rows, first, end, weights, sums, first > 0);
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales + p * PANEL;
@@ -309,14 +308,13 @@ struct Int4 {
     }
     // While a group's sums are scaled, the tiles multiply the next one.
     template <class Weights>
-    void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t step, int64_t steps, const Weights &weights,
+    void add(Tiles &tiles, int w, int64_t p, int64_t band, int rows, int64_t first, int64_t end, const Weights &weights,
              float *sums) const {
         alignas(64) int32_t exact[2][BAND * PANEL];
-        const int64_t first = step / unit(), end = (step + steps) / unit();
-        for (int64_t g = first; g <= end; g++) {
-            const auto own = [&](int64_t s) { return weights(g * unit() + s); };
-            if (g < end) multiply<kind>(tiles, rows, unit(), x, x.step(band, g * unit()), own, exact[g % 2], false);
-            if (g > first) scale(w, p, band, rows, g - 1, exact[(g - 1) % 2], sums);
+        for (int64_t g = first / unit(); g <= end / unit(); g++) {
+            const int64_t s = g * unit();
+            if (s < end) multiply<kind>(tiles, x, band, rows, s, s + unit(), weights, exact[g % 2], false);
+            if (s > first) scale(w, p, band, rows, g - 1, exact[(g - 1) % 2], sums);
         }
     }
     void scale(int w, int64_t p, int64_t band, int rows, int64_t g, const int32_t *exact, float *sums) const {
@@ -380,7 +378,7 @@ template <class Form> void run_bands(const Product &product, const Form &form) {
                     for (int64_t band = first; band < last; band++) {
                         const int rows = int(std::min<int64_t>(BAND, product.rows - band * BAND));
                         float *own = sums + ((band - first) * together + g) * BAND * PANEL;
-                        form.add(tiles, w, p + g, band, rows, step, count, [&](int64_t s) {
+                        form.add(tiles, w, p + g, band, rows, step, step + count, [&](int64_t s) {
                             for (int64_t line = 0; line < lines; line++, next += 64) fetch(next);
                             return made[s - step];
                         }, own);

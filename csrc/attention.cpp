@@ -13,7 +13,7 @@
 // Compiled for AVX512_BF16 this file is a way of its own in front of AVX-512's, for bfloat16 rows and caches of what bfloat16
 // holds: a chain takes two dimensions or two keys at once, a score is scaled when it is complete, and weights are rounded to
 // bfloat16 before they are summed and multiply the values. Compiled for AMX it is one more, whose chains are those of tiles
-// (attention_tiles.h), for heads of whole tiles.
+// (attention_tiles.h).
 //
 // Scales of a quantized cache: q (or the score) is multiplied by `scale` and by the keys' scale; the finished output by the
 // values'.
@@ -402,7 +402,9 @@ int attend_all(const quire_attention *call) {
 decltype(quire::Kernels::attend) others;
 
 int attend_in_pairs(const quire_attention *call) {
-    return (links_hold(call->type, call->kv.type) && call->kv.size % 2 == 0 ? attend_all : others)(call);
+    // The largest product is the largest score only where the scale is positive.
+    const bool fit = call->kv.size % 2 == 0 && call->scale > 0;
+    return (links_hold(call->type, call->kv.type) && fit ? attend_all : others)(call);
 }
 #endif
 
