@@ -34,8 +34,8 @@ X86 = {
 }
 # Two sets that multiply beside the kernels of avx512. AMX's tiles are also emulated, for tests on machines that have none.
 BF16 = f"{X86['avx512']} -mavx512bf16"
-PAIRS = ("dense", "attention", "transposed")
-TILES = ("amx", "amx_transposed", "attention")
+PAIRS = ("dense", "attention", "attention_backward_pairs", "transposed")
+TILES = ("amx", "amx_transposed", "attention", "attention_backward_pairs")
 AMX = f"{BF16} -mavx512vbmi"
 AMX_TILES = "-mamx-tile -mamx-int8 -mamx-bf16"
 

@@ -78,15 +78,6 @@ INLINE float hide(float *scores, int first, int last, int begin, int end, const 
 
 #if defined(__AVX512BF16__)
 
-// 2^x of x <= 0, right to 1e-4; what bfloat16 has no normal number for becomes denormal or 0. NaN stays NaN.
-INLINE Floats power(Floats x) {
-    const Floats shift = all(12582912.0f);  // as in exp()
-    x = larger(all(-127.0f), x);
-    const Floats shifted = x + shift, r = x - (shifted - shift);
-    Floats p = fma(all(0.0550091f), r, all(0.242210984f));
-    p = fma(fma(p, r, all(0.6932829f)), r, all(1.0f));
-    return bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
-}
 INLINE float fade_of(float x) { return exp(all(x * 0.693147181f))[0]; }
 
 // Weights 2^(score * unit - base), rounded to bfloat16, which makes 0 of denormal numbers, into the row's first half: what lies

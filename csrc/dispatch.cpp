@@ -35,7 +35,7 @@ void add_pairs([[maybe_unused]] Isas &found) {
     if (!__builtin_cpu_supports("avx512bf16")) return;
     Isa pairs = {"avx512_bf16", found.list.back().kernels};
     avx512_bf16::add_linear(pairs.kernels), avx512_bf16::add_attention(pairs.kernels);
-    avx512_bf16::add_transposed(pairs.kernels);
+    avx512_bf16::add_transposed(pairs.kernels), avx512_bf16::add_attention_backward(pairs.kernels);
     found.list.insert(__builtin_cpu_is("amd") ? found.list.begin() : found.list.end(), pairs);
 #endif
 }
@@ -47,7 +47,8 @@ void add_amx(Isas &found) {
 #if defined(QUIRE_AMX)
     if (!refused) {
         Isa tiles = {"amx", avx512.kernels};
-        amx::add_linear(tiles.kernels), amx::add_attention(tiles.kernels), amx::add_transposed(tiles.kernels);
+        amx::add_linear(tiles.kernels), amx::add_attention(tiles.kernels);
+        amx::add_transposed(tiles.kernels), amx::add_attention_backward(tiles.kernels);
         if (quire::same_products(tiles.kernels, avx512.kernels))
             found.list.insert(found.list.begin(), tiles);
         else
@@ -83,7 +84,8 @@ Isas find() {
         ADD(avx512);
         found.list.back().name = "amx-emulated";
         quire::Kernels &kernels = found.list.back().kernels;
-        amx_emulated::add_linear(kernels), amx_emulated::add_attention(kernels), amx_emulated::add_transposed(kernels);
+        amx_emulated::add_linear(kernels), amx_emulated::add_attention(kernels);
+        amx_emulated::add_transposed(kernels), amx_emulated::add_attention_backward(kernels);
     }
 #endif
 #elif defined(__aarch64__)

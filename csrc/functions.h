@@ -30,6 +30,16 @@ INLINE Floats exp(Floats x) {
     return x <= 88.7228317f ? out : x + INFINITY;  // NaN stays NaN
 }
 
+// 2^x of x <= 0, right to 1e-4; what bfloat16 has no normal number for becomes denormal or 0. NaN stays NaN.
+INLINE Floats power(Floats x) {
+    const Floats shift = all(12582912.0f);  // as in exp()
+    x = larger(all(-127.0f), x);
+    const Floats shifted = x + shift, r = x - (shifted - shift);
+    Floats p = fma(all(0.0550091f), r, all(0.242210984f));
+    p = fma(fma(p, r, all(0.6932829f)), r, all(1.0f));
+    return bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));
+}
+
 // Error below 1.5 ulp.
 INLINE Floats tanh(Floats x) {
     Floats size = bits<Floats>(bits<Words>(x) & 0x7fffffffu), z = x * x;

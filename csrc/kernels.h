@@ -54,15 +54,18 @@ QUIRE_DECLARE(generic)
 namespace avx512_bf16 {
 void add_linear(quire::Kernels &kernels);
 void add_attention(quire::Kernels &kernels);
+void add_attention_backward(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }
 namespace amx {
 void add_linear(quire::Kernels &kernels);
 void add_attention(quire::Kernels &kernels);
+void add_attention_backward(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }
 namespace amx_emulated {
 void add_linear(quire::Kernels &kernels);
 void add_attention(quire::Kernels &kernels);
+void add_attention_backward(quire::Kernels &kernels);
 void add_transposed(quire::Kernels &kernels);
 }

@@ -1,4 +1,4 @@
-"""AMX's tiles, where there are some, give the bits that their emulation gives: products, their gradients and attention."""
+"""AMX's tiles, where there are some, give the bits that their emulation gives: products, attention, and gradients of both."""
 
 from __future__ import annotations
 
@@ -47,4 +47,15 @@ def test_attention(size: int, rows: int) -> None:
     q = random(rows, 7 * size).to(torch.bfloat16).unflatten(1, (7, size))
     k, v = (random(rows, size, seed=seed).to(torch.bfloat16).unsqueeze(1) for seed in (1, 2))
     tiles, emulated = both(lambda: cpu.packed_attention(q, k, v, (0, rows), scale=size**-0.5, window=None, softcap=None))
+    assert torch.equal(tiles, emulated)
+
+
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_of_attention(size: int, rows: int) -> None:
+    dy, q = (random(rows, 7 * size, seed=seed).to(torch.bfloat16).unflatten(1, (7, size)) for seed in (3, 4))
+    k, v = (random(rows, size, seed=seed).to(torch.bfloat16).unsqueeze(1) for seed in (1, 2))
+    tiles, emulated = both(
+        lambda: torch.cat(cpu.packed_attention_backward(dy, q, k, v, (0, rows), size**-0.5, None, None), dim=1)
+    )
     assert torch.equal(tiles, emulated)
