@@ -125,9 +125,13 @@ Turn turn_for(const quire_weight &) { return turn_pairs; }
 
 void row_of_links(const quire_weight &, int, const uint8_t *dy, int64_t begin, int64_t end, float *to) {
     for (; begin < end; begin += PANEL, dy += PANEL * 2, to += PANEL / 2) {
-        uint16_t half[PANEL] = {};
-        std::memcpy(half, dy, size_t(std::min<int64_t>(PANEL, end - begin)) * 2);
-        store(to, widen(load<Halves>(half)) | widen(load<Halves>(half + LANES)) << 16);
+        const uint8_t *from = dy;
+        uint8_t some[PANEL * 2];
+        if (end - begin < PANEL) {
+            std::memset(some, 0, sizeof some);
+            from = static_cast<uint8_t *>(std::memcpy(some, dy, size_t(end - begin) * 2));
+        }
+        store(to, widen(load<Halves>(from)) | widen(load<Halves>(from + LANES * 2)) << 16);
     }
 }
 
