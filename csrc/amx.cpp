@@ -272,7 +272,7 @@ struct Int8 {
     }
     void finish(int w, int64_t p, int64_t row, int rows, const float *sums) const {
         const float *scales = product.weights[w]->scales + p * PANEL;
-        finish_rows(product, w, p, row, rows, [&](int r, int o) {  // as worth()
+        finish_rows(product, w, p, row, rows, [&](int r, int o) {  // as Worth()
             const Ints exact = load<Ints>(sums + r * PANEL + o) - all_ints(128) * x.sums[row + r];
             return Floats{} + to_float(exact) * (all(x.scales[row + r]) * load<Floats>(scales + o));
         });

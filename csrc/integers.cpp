@@ -211,17 +211,19 @@ void integer_tile(int64_t quads, const uint8_t *x, const uint8_t *w, Ahead ahead
                 for (int v = 0; v < PASS; v++)
                     totals[r][v] = begun ? load<Ints>(acc + r * PANEL + (first + v) * LANES) : Ints{};
             Integers<INT4>::add(each, x + done * ROWS * Integers<INT4>::BYTES, w + bytes, first, next, totals);
-            for (int r = 0; r < ROWS; r++)
-                for (int v = 0; v < PASS; v++) {
-                    const int64_t at = (first + v) * LANES, own = g * PANEL + at, row = r * groups.stride + g;
-                    if (groups.count == 0) {
-                        store(acc + r * PANEL + at, totals[r][v]);
-                        continue;
-                    }
-                    const Floats part = worth<INT4>(totals[r][v], groups.row_sums[row], groups.row_scales[row],
-                                                    INT4 ? groups.zeros + own : nullptr, groups.scales + own);
-                    store(sums + r * PANEL + at, load<Floats>(sums + r * PANEL + at) + part);
+            for (int v = 0; v < PASS; v++) {
+                const int64_t at = (first + v) * LANES, own = g * PANEL + at;
+                if (groups.count == 0) {
+                    for (int r = 0; r < ROWS; r++) store(acc + r * PANEL + at, totals[r][v]);
+                    continue;
                 }
+                const Worth<INT4> worth(INT4 ? groups.zeros + own : nullptr, groups.scales + own);
+                for (int r = 0; r < ROWS; r++) {
+                    const int64_t row = r * groups.stride + g, place = r * PANEL + at;
+                    const Floats part = worth(totals[r][v], groups.row_sums[row], groups.row_scales[row]);
+                    store(sums + place, load<Floats>(sums + place) + part);
+                }
+            }
         }
     }
 }

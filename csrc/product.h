@@ -147,10 +147,32 @@ inline void quantize_row(const float *x, int64_t count, int8_t *out, float *scal
 
 // What products of LANES outputs with a row are worth: (total - zeros * sum) * (scale * scales), sum and scale the row's. zeros
 // are those of INT4; INT8's are 128.
-template <bool INT4>
-INLINE Floats worth(Ints total, int32_t sum, float scale, const uint8_t *zeros, const float *scales) {
-    const Ints zero = INT4 ? bits<Ints>(widen(load<Bytes>(zeros))) : all_ints(128);
-    return to_float(total - zero * sum) * (all(scale) * load<Floats>(scales));
-}
+template <bool INT4> class Worth {
+public:
+    INLINE Worth(const uint8_t *zeros, const float *scales) : scales_(load<Floats>(scales)) {
+        if (INT4) zeros_ = widen(load<Bytes>(zeros));
+#if defined(__AVX512VNNI__)
+        zeros_ |= zeros_ << 24;  // zeros and 256 * zeros, as 16 bits each
+#endif
+    }
+    INLINE Floats operator()(Ints total, int32_t sum, float scale) const {
+        return to_float(less_zeros(total, sum)) * (all(scale) * scales_);
+    }
+
+private:
+    Floats scales_;
+    Words zeros_ = {};
+
+    INLINE Ints less_zeros(Ints total, int32_t sum) const {
+        if (!INT4) return total - all_ints(128 * sum);
+#if defined(__AVX512VNNI__)
+        // A product of 32 bits takes four times as long as two of 16: sum = high * 256 + low.
+        const uint32_t parts = (uint32_t(-(sum & 255)) & 0xffffu) | uint32_t(-(sum >> 8)) << 16;
+        return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)zeros_, (__m512i)all_ints(int32_t(parts)));
+#else
+        return total - bits<Ints>(zeros_) * sum;
+#endif
+    }
+};
 
 }  // namespace QUIRE_ISA
