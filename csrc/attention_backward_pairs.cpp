@@ -228,8 +228,8 @@ void Head::make_dk_dv(const Sequence &sequence, int64_t block, void *dk, void *d
                 const Known known = this->known(head, number);
                 for (int64_t k = 0; k < BLOCK; k++) {
                     const int64_t place = origin + k - begin, end = call.window ? place + call.window : BLOCK;
-                    settle_key(scores + k * BLOCK, pulls + k * BLOCK, place, end, known, weights + k * ROW + (b - first) * PAIRS,
-                               gradients + k * ROW + (b - first) * PAIRS);
+                    const int64_t to = k * ROW + (b - first) * PAIRS;
+                    settle_key(scores + k * BLOCK, pulls + k * BLOCK, place, end, known, weights + to, gradients + to);
                 }
             }
             for (int64_t p = 0; p < panels; p++) {
