@@ -17,9 +17,9 @@
 namespace QUIRE_ISA {
 namespace {
 
-constexpr int BLOCK = PANEL;             // rows, or keys
-constexpr int PAIRS = BLOCK / 2;         // of them
-constexpr int64_t TOGETHER = 4;          // blocks of rows whose weights multiply at once
+constexpr int BLOCK = PANEL;     // rows, or keys
+constexpr int PAIRS = BLOCK / 2;  // of them
+constexpr int64_t TOGETHER = 4;  // blocks of rows whose weights multiply at once
 
 // A head's rows of one tensor in blocks, zeros past the end of a sequence and past the last dimension.
 struct Lines {

@@ -12,7 +12,7 @@ import peft
 import pytest
 
 from quire.errors import AdapterError
-from quire.lora.config import LoraConfig, parse_lora_config
+from quire.lora.config import PEFT_VERSION, LoraConfig, parse_lora_config
 from tests.lora.cases import CASES, Case
 
 
@@ -122,6 +122,7 @@ def test_pefts_own_file_is_read_and_written_back_key_by_key(case: Case, tmp_path
         elif key not in ("inference_mode", "peft_version"):  # what PEFT was just doing, a folder's is true; and its own release
             assert ours[key] == theirs[key], key
     assert ours["inference_mode"] is True
+    assert ours["peft_version"] == PEFT_VERSION
     peft.LoraConfig(**{key: value for key, value in ours.items() if key not in ("peft_version", "auto_mapping")})
 
 
