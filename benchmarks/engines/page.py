@@ -166,7 +166,9 @@ def _cell(entered: Entered, workload: Workload, shape: Shape, best: Best) -> str
         return "-"
     rates = cell.rates(workload)
     if not rates:
-        return "not installed" if not entered.installed else "not built" if cell.problem == "not built" else "none, see below"
+        if not entered.installed:
+            return "not installed"
+        return {None: "-", "not built": "not built"}.get(cell.problem, "none, see below")
     words = _number(statistics.median(rates))
     if len(rates) > 1:
         words += f" ({_number(min(rates))}-{_number(max(rates))})"

@@ -23,7 +23,7 @@ MIB = 1024
 
 
 class TooSlow(Exception):
-    """A deadline has passed."""
+    """A deadline has passed; the message, if there is one, says which."""
 
 
 class Failed(Exception):

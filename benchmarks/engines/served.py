@@ -64,8 +64,11 @@ async def _measured(
 ) -> int:
     server = Server(f"http://127.0.0.1:{port}")
     try:
-        async with asyncio.timeout(load_seconds):
-            load = await first_token(process, server, first_prompt)
+        try:
+            async with asyncio.timeout(load_seconds):
+                load = await first_token(process, server, first_prompt)
+        except TimeoutError:
+            raise TooSlow(f"did not load within {load_seconds:.0f} s") from None
         started(round(time.monotonic() - process.began, 2))
         async with asyncio.timeout(limit):
             await _run(server, load, runs[0], min(warm_tokens, output))

@@ -103,7 +103,10 @@ class Sitting:
         with Running(command, self._place.environment(entry), REPOSITORY, self._log(entry), pipes=True) as process:
             try:
                 ready = process.answer(time.monotonic() + LOAD_SECONDS)
-            except (Failed, TooSlow) as error:
+            except TooSlow:
+                self._refused(entry, names, TooSlow(f"did not load within {LOAD_SECONDS:.0f} s"))
+                return []
+            except Failed as error:
                 self._refused(entry, names, error)
                 return []
             told.load_seconds.append(round(time.monotonic() - process.began, 2))
@@ -203,8 +206,7 @@ class Sitting:
             return []
 
     def _refused(self, entry: Entry, names: list[str], error: Exception) -> None:
-        limit = f"did not finish within {self._plan.limit:.0f} s"
-        problem = limit if isinstance(error, TooSlow) else str(error)
+        problem = str(error) or f"did not finish within {self._plan.limit:.0f} s"
         if NOT_BUILT in problem:
             problem = NOT_BUILT
         for name in names:

@@ -40,6 +40,7 @@ for line in sys.stdin:
     count = asked["output"] - (len(asked["prompts"][0]) == 40)
     print(json.dumps({"seconds": 0.5, "tokens": [[1] * count] * len(asked["prompts"])}), flush=True)
 """
+SILENT = "import time; time.sleep(60)"
 
 
 class Tiny:
@@ -70,10 +71,13 @@ class Here(Place):
         return entry.peer != "vllm"
 
     def worker(self, entry: Entry, workloads: tuple[str, ...] = ()) -> list[str]:
-        scripts = {"strange": STRANGE, "broken": "raise SystemExit('it does not start')"}
+        scripts = {"strange": STRANGE, "broken": "raise SystemExit('it does not start')", "silent": SILENT}
         if entry.engine in scripts:
             return [sys.executable, "-c", scripts[entry.engine]]
         return super().worker(entry, workloads)
+
+    def server(self, entry: Entry, port: int) -> list[str]:
+        return [sys.executable, "-c", SILENT] if entry.engine == "silent" else super().server(entry, port)
 
 
 def sit(tmp_path: Path, entered: list[Entry], plan: Plan, names: str) -> Sitting:
@@ -135,6 +139,22 @@ def test_engines_that_fail_take_nothing_with_them(tmp_path: Path) -> None:
     assert "- vllm-bf16: not installed" in text
     assert "strange W3: did not finish" in text
     assert "| vllm-bf16 | 0.32.0 | - | not installed |" in text
+
+
+def test_an_engine_that_does_not_load_is_not_said_to_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.engines.sitting.LOAD_SECONDS", 1.0)
+    silent = Entry("silent", "16-bit", None, "silent", "bf16", ("W1", "W3", "W6"))
+    told = sit(tmp_path, [silent], Plan(1, 1, 50.0), "W1 W3 W6").told["silent"]
+    assert {name: cell.problem for name, cell in told.cells.items()} == dict.fromkeys(
+        ("W1", "W3", "W6"), "did not load within 1 s"
+    )
+
+
+def test_a_workload_that_was_not_come_to_is_a_dash(tmp_path: Path) -> None:
+    strange = Entry("strange", "16-bit", None, "strange", "bf16", ("W1",))
+    sitting = sit(tmp_path, [strange], Plan(1, 1, 9.0), "W1")
+    sitting.told["strange"].cell("W4")  # as an interruption leaves it
+    assert "none, see below" not in shown(sitting)
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
